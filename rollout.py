@@ -1,0 +1,386 @@
+"""rollout.py -- text <-> ids in one place, the sampler, and the multi-turn loop that makes an Episode. Floor 1.
+
+    1. Episode   what every later stage trains on: ids, mask, log-probabilities, spans, reward
+    2. Chat      the only code that turns text into ids and back
+    3. HFEngine  batched sampling; the KV cache is kept between the turns of a conversation
+    4. rollout   all conversations of a batch advance together; `play` is the same with scripted messages
+
+The one rule: ids are only ever APPENDED. What was sampled is what is trained; no message is decoded, edited and encoded
+again. (The paper's release does re-encode, and thereby trains end tokens that the model never sampled.)
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from tools import CLOSE, OPEN, UserError, parse
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The contract between the files
+
+
+@dataclass
+class Span:
+    """Tokens [start, end) of an episode. who: "prompt" | "model" | "world" (tool results, further user turns)."""
+    start: int
+    end: int
+    who: str
+    turn: int                                    # the user turn that it belongs to
+    state: str = ""                              # of a model span: one of tools.STATES
+
+
+@dataclass
+class Episode:
+    """One conversation, as tokens.
+
+                 <|im_start|>user\\nread ...assistant\\n  <tool_call> ... <|im_end|>   \\n<|im_start|>user ... assistant\\n   Done .  <|im_end|>
+      ids        [1, 44, 9, 87,        ... 45, 9,        5, 9, ... 2,                9, 1, 44, ...        45, 9,        61, 30, 2 ]
+      mask       [0, 0,  0, 0,         ... 0,  0,        1, 1, ... 1,                0, 0, 0,  ...        0,  0,        1,  1,  1 ]
+      logprobs   [0, 0,  0, 0,         ... 0,  0,      -.1, 0, ... -.01,             0, 0, 0,  ...        0,  0,      -.3, -.1, -.02]
+      spans      [prompt                          ] [model, state="call"        ] [world                         ] [model, "reply"]
+
+    mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing ids: the end token
+    that the model sampled is inside, one that the code had to add is not."""
+    task_id: str
+    group_id: int                                # rollouts of one prompt share it; explicit, never inferred from text
+    sample: int = 0                              # index in the group
+    source: str = "policy"                       # who wrote the model spans: policy | truth | hinted
+    ids: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)  # of the sampler, 0.0 where mask is 0
+    spans: list = field(default_factory=list)
+    reward: float = 0.0
+    status: str = ""                             # finished | format_error | message_limit | step_limit | length_limit
+    failed_turn: int | None = None
+
+    def append(self, ids, who, turn, logprobs=None, state=""):
+        logprobs = [0.0] * len(ids) if logprobs is None else logprobs
+        assert len(logprobs) == len(ids), (len(logprobs), len(ids))
+        self.spans.append(Span(len(self.ids), len(self.ids) + len(ids), who, turn, state))
+        self.ids += ids
+        self.mask += [int(who == "model")] * len(ids)
+        self.logprobs += logprobs
+
+    @property
+    def states(self):
+        """["call", "call", "reply"]"""
+        return [span.state for span in self.spans if span.who == "model"]
+
+
+@dataclass
+class Limits:
+    """Each limit ends the episode with a status of its own."""
+    steps: int = 30                              # model messages per episode        -> step_limit
+    message: int = 2048                          # tokens per model message          -> message_limit
+    total: int = 16384                           # tokens per episode                -> length_limit
+    observation: int = 1024                      # of a longer tool result, the LAST tokens are kept (as in the paper)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Text <-> ids
+
+
+class Chat:
+    """The chat template, taken apart once, so that a conversation can grow by appending ids.
+
+    A template is usable if the rendering of a longer conversation begins with the rendering of the shorter one. The
+    constructor renders a small conversation at three lengths and cuts the pieces out of the difference:
+
+      prompt      <|im_start|>system ... <|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
+      message     ... <|im_end|>                                         <- sampled, ends with `end_id`
+      observation \\n<|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n   <- appended by us, mask 0
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        name = tokenizer.name_or_path or "this tokenizer"
+        if not tokenizer.chat_template:
+            raise UserError(f"{name} has no chat template; pass one with --chat_template FILE.")
+        for token in (OPEN, CLOSE):
+            if len(self._encode(token)) != 1:
+                raise UserError(f"{token} is not one token of {name}, so its probability cannot be watched; use a model "
+                                "whose tokenizer has it (Qwen2.5 and later), or add it and resize the embeddings.")
+        # A reply with a think block in it: templates that strip thinking from the history betray themselves here.
+        said, user, user2 = "<think>\nA\n</think>\n\nB", "USER TURN ONE", "USER TURN TWO"
+        talk = [{"role": "system", "content": "S"}, {"role": "user", "content": user}]
+        short = self._render(talk) + said
+        talk += [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
+        longer = self._render(talk)
+        talk += [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
+        if not (longer.startswith(short) and longer.count(user2) == 1
+                and self._render(talk) == longer + said + longer[len(short):]):
+            raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops their thinking, or "
+                            "adds text that was not there when they were sampled), so sampled and trained tokens would "
+                            "differ; pass a template that only ever appends with --chat_template FILE.")
+        before, after = longer[len(short):].split(user2)
+        head, self.foot = self._encode(before), self._encode(after)
+        self.end_id, self.head = head[0], head[1:]
+        self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
+        end = tokenizer.decode([self.end_id])
+        if not before.startswith(end) or self.end_id not in tokenizer.get_added_vocab().values():
+            raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; pass a template "
+                            "whose messages end with one, such as <|im_end|>, with --chat_template FILE.")
+
+    def _render(self, messages):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _encode(self, text, data=False):
+        # data=True: text from tools and users. A "<|im_end|>" inside it is spelled out in ordinary tokens: data must
+        # never be able to close a message.
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=data)["input_ids"]
+
+    def prompt(self, messages):
+        """[{"role": "system", ...}, {"role": "user", ...}] -> ids up to and with the assistant's header"""
+        return self._encode(self._render(messages))
+
+    def message(self, text):
+        """"Done." -> [61, 30, end_id]: a message that somebody else wrote (ground truth), as the model would sample it"""
+        return self._encode(text) + [self.end_id]
+
+    def observation(self, text, limit=None):
+        """From the end token of one model message to the first token of the next; `limit` keeps the last tokens."""
+        ids = self._encode(text, data=True)
+        return self.head + (ids[-limit:] if limit else ids) + self.foot
+
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The sampler. An engine has two methods, so that another one (vLLM) can stand in its place:
+#      reset()                           forget all conversations; call it after the weights changed
+#      generate(requests, temperature)   -> [(ids, logprobs)], one per request
+
+
+@dataclass
+class Request:
+    key: int                                     # which conversation
+    ids: list                                    # the whole conversation so far
+    limit: int                                   # at most so many new tokens
+    seed: tuple                                  # the randomness of this message, e.g. (seed, step, group, sample, n-th message)
+
+
+class SlotCache:
+    """Keys and values of N conversations, one slot (row) each, with a length of its own:
+
+        kv  [layers, 2, N, heads, capacity, head_dim]
+
+    Live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying; a conversation that
+    ends swaps places with the last live one. Transformers models call only `update` and `get_seq_length`."""
+
+    def __init__(self, n_layers):
+        self.n_layers, self.kv = n_layers, None
+
+    def begin(self, rows, positions):
+        """The next forward pass writes tokens of slots `rows` = range(a, b) at `positions` [b - a, c]."""
+        self.rows, self.positions, self.width = rows, positions, int(positions.max()) + 1
+        if self.kv is not None and self.width > self.kv.shape[4]:     # grow by half: amortised copies
+            grown = self.kv.new_zeros(*self.kv.shape[:4], self.width + self.width // 2, self.kv.shape[5])
+            grown[:, :, :, :, :self.kv.shape[4]] = self.kv
+            self.kv = grown
+        # a query may see every position up to its own; what lies behind is another message's garbage  [n, 1, c, width]
+        self.mask = torch.arange(self.width, device=positions.device) <= positions[:, None, :, None]
+
+    def update(self, k, v, layer, *args, **kwargs):
+        """k, v [n, heads, c, head_dim] of the new tokens -> those of the whole conversations [n, heads, width, head_dim]"""
+        a, b = self.rows.start, self.rows.stop
+        if self.kv is None:
+            capacity = self.width + 256
+            self.kv = k.new_zeros(self.n_layers, 2, self.n_slots, k.shape[1], capacity, k.shape[3])
+        row = torch.arange(a, b, device=k.device)[:, None]
+        self.kv[layer, 0][row, :, self.positions] = k.transpose(1, 2)
+        self.kv[layer, 1][row, :, self.positions] = v.transpose(1, 2)
+        return self.kv[layer, 0, a:b, :, :self.width], self.kv[layer, 1, a:b, :, :self.width]
+
+    def get_seq_length(self, layer=0):
+        return 0                                 # positions are passed explicitly
+
+    def select(self, slots):
+        self.kv = self.kv[:, :, slots]
+
+    def swap(self, a, b, width):
+        self.kv[:, :, a + b, :, :width] = self.kv[:, :, b + a, :, :width]
+
+
+class HFEngine:
+    """Samples from a Hugging Face causal LM with full attention. Cost grows with the NEW tokens: the old context of a
+    conversation stays in the cache, the prompt that a group shares is computed once, finished rows leave the batch."""
+
+    prefill_tokens = 16_384                      # bounds the memory of one prefill pass
+
+    def __init__(self, model, stop_ids):
+        self.model, self.stop_ids = model, stop_ids
+        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.reset()
+
+    def reset(self):
+        self.cache = SlotCache(self.model.config.num_hidden_layers)
+        self.keys, self.lengths = None, None     # per slot: whose conversation, how many of its tokens are cached
+
+    def _forward(self, rows, chunks):
+        """Append chunks (lists of ids) to slots `rows` -> hidden state of each chunk's last token [n, D]"""
+        device = self.model.device
+        sizes = torch.tensor([len(c) for c in chunks], device=device)
+        width = int(sizes.max())
+        ids = torch.tensor([c + [0] * (width - len(c)) for c in chunks], device=device)             # [n, c] right-padded
+        start = torch.tensor([self.lengths[r] for r in rows], device=device)
+        self.cache.begin(rows, start[:, None] + torch.arange(width, device=device))
+        hidden = self.body(input_ids=ids, position_ids=self.cache.positions, attention_mask=self.cache.mask,
+                           past_key_values=self.cache, use_cache=True).last_hidden_state            # [n, c, D]
+        for row, chunk in zip(rows, chunks):
+            self.lengths[row] += len(chunk)      # padding lies behind this length: masked now, overwritten later
+        return hidden[torch.arange(len(chunks), device=device), sizes - 1]
+
+    def _prefill(self, chunks):
+        """The same for many or long chunks: a few passes of bounded size."""
+        out, start = [], 0
+        while start < len(chunks):
+            stop, widest = start, 0
+            while stop < len(chunks) and (stop == start
+                                          or (stop + 1 - start) * max(widest, len(chunks[stop])) <= self.prefill_tokens):
+                widest = max(widest, len(chunks[stop]))
+                stop += 1
+            out.append(self._forward(range(start, stop), chunks[start:stop]))
+            start = stop
+        return torch.cat(out)
+
+    def _swap(self, a, b):
+        self.cache.swap(a, b, max(self.lengths))
+        for x, y in zip(a, b):
+            self.keys[x], self.keys[y] = self.keys[y], self.keys[x]
+            self.lengths[x], self.lengths[y] = self.lengths[y], self.lengths[x]
+
+    def _to_front(self, keys):
+        """Swap slots until the conversations `keys` stand in slots 0..len(keys)-1 (in any order)."""
+        wanted, n = set(keys), len(keys)
+        a = [s for s in range(n) if self.keys[s] not in wanted]
+        b = [s for s in range(n, len(self.keys)) if self.keys[s] in wanted]
+        if a:
+            self._swap(a, b)
+        return a, b
+
+    @torch.no_grad()
+    def generate(self, requests, temperature=1.0):
+        """[Request] -> [(ids, logprobs)]: the new message, with its end token unless the limit cut it. temperature 0 is
+        greedy. The log-probability is the one under the distribution that was sampled from (at 0: of temperature 1)."""
+        self.model.eval()
+        by_key = {r.key: r for r in requests}
+        if self.keys is None:                    # new conversations: compute each distinct prompt once, then copy its row
+            unique = list(dict.fromkeys(tuple(r.ids) for r in requests))
+            self.cache.n_slots, self.lengths = len(unique), [0] * len(unique)
+            hidden = self._prefill([list(ids) for ids in unique])
+            where = {ids: i for i, ids in enumerate(unique)}
+            rows = [where[tuple(r.ids)] for r in requests]
+            self.keys, self.lengths, hidden = [r.key for r in requests], [self.lengths[i] for i in rows], hidden[rows]
+            self.cache.select(rows)
+        else:                                    # known conversations: only what is not cached yet
+            self._to_front(by_key)
+            hidden = self._prefill([by_key[k].ids[length:] for k, length in zip(self.keys, self.lengths[:len(requests)])])
+
+        # One uniform number per token, drawn from the message's own seed. So a rollout does not depend on who shares
+        # the batch with it, nor on how many processes share the work.
+        noise = {r.key: np.random.default_rng(r.seed).random(r.limit) for r in requests}
+        out = {r.key: ([], []) for r in requests}
+        live = len(requests)
+        while True:
+            logits = self.head(hidden).float()                                                      # [n, V]
+            logp = torch.log_softmax(logits / (temperature or 1.0), -1)
+            if temperature == 0:
+                token = logp.argmax(-1)
+            else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
+                u = torch.tensor([noise[k][len(out[k][0])] for k in self.keys[:live]], device=logp.device)
+                cdf = logp.double().exp().cumsum(-1)
+                token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[1] - 1)
+            logp = logp.gather(1, token[:, None])[:, 0].tolist()
+            token = token.tolist()
+            going = []
+            for key, t, lp in zip(self.keys, token, logp):
+                out[key][0].append(t)
+                out[key][1].append(lp)
+                if t not in self.stop_ids and len(out[key][0]) < by_key[key].limit:
+                    going.append(key)
+            if not going:
+                return [out[r.key] for r in requests]
+            a, b = self._to_front(going)         # rows that ended leave the batch
+            for x, y in zip(a, b):
+                token[x], token[y] = token[y], token[x]
+            live = len(going)
+            hidden = self._forward(range(live), [[t] for t in token[:live]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The multi-turn loop
+
+
+def _advance(episode, env, chat, ids, logprobs, limits):
+    """One model message into the world: append it, name its state, let the environment answer, append the answer."""
+    text_ids = ids[:-1] if ids[-1] == chat.end_id else ids           # another stop token stays in the text: an artefact
+    ended = ids[-1] in chat.stop_ids
+    message = parse(chat.text(text_ids), env.syntax, ended)
+    turn = env.turn
+    episode.append(ids, "model", turn, logprobs, message.state)
+    if not ended and len(episode.ids) >= limits.total:
+        env.stop("length_limit")
+        return
+    answer = env.step(message)
+    if answer is None:
+        return
+    ids = ([] if ids[-1] == chat.end_id else [chat.end_id]) + chat.observation(answer, limits.observation)
+    if len(episode.ids) + len(ids) >= limits.total:
+        env.stop("length_limit")
+    elif len(episode.states) >= limits.steps:
+        env.stop("step_limit")
+    else:
+        episode.append(ids, "world", env.turn)
+
+
+def _finish(episode, env):
+    verdict = env.grade()
+    episode.reward, episode.failed_turn, episode.status = verdict.reward, verdict.failed_turn, env.status
+    return episode
+
+
+def rollout(engine, chat, envs, limits, group_ids, samples, seed=(0,), temperature=1.0):
+    """Environments -> finished Episodes, in the same order. All live conversations of the batch advance together: one
+    `generate` call makes the next message of each.
+
+    rollout(engine, chat, [Env(task), Env(task)], limits, group_ids=[7, 7], samples=[0, 1], seed=(0, step))"""
+    episodes = []
+    for env, group_id, sample in zip(envs, group_ids, samples, strict=True):
+        episode = Episode(env.task.id, group_id, sample)
+        episode.append(chat.prompt(env.opening()), "prompt", 0)
+        if len(episode.ids) >= limits.total:
+            raise UserError(f"the prompt of {env.task.id} has {len(episode.ids)} tokens, which leaves no room for an "
+                            f"answer within --max_total_tokens {limits.total}; raise it.")
+        episodes.append(episode)
+    engine.reset()
+    while live := [i for i, env in enumerate(envs) if env.status is None]:
+        requests = []
+        for i in live:
+            e = episodes[i]
+            requests.append(Request(i, e.ids, min(limits.message, limits.total - len(e.ids)),
+                                    (*seed, e.group_id, e.sample, len(e.states))))
+        for i, (ids, logprobs) in zip(live, engine.generate(requests, temperature), strict=True):
+            _advance(episodes[i], envs[i], chat, ids, logprobs, limits)
+    engine.reset()                               # the cache holds keys of the old weights; nobody may use it again
+    return [_finish(episode, env) for episode, env in zip(episodes, envs)]
+
+
+def play(chat, env, script, limits, group_id=-1, source="truth"):
+    """The same loop with messages written by somebody else: script[user turn] = ["<tool_call>...", "Done."]. The
+    environment is live, so the tool results are real. If a turn needs more messages than its script has, the last one
+    is repeated; if it ends early (a malformed message ends it), the rest of its script is skipped."""
+    episode, turn, k = Episode(env.task.id, group_id, source=source), -1, 0
+    episode.append(chat.prompt(env.opening()), "prompt", 0)
+    while env.status is None:
+        turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
+        ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])
+        _advance(episode, env, chat, ids, [0.0] * len(ids), limits)
+    return _finish(episode, env)
+
+
+def transcript(chat, episode):
+    """For reading: one line per span, the model's with their state.
+    'model[call]  <tool_call>...<|im_end|>' """
+    return "\n".join(f"{s.who}{f'[{s.state}]' if s.state else ''}  {chat.text(episode.ids[s.start:s.end])}"
+                     for s in episode.spans)
