@@ -103,34 +103,33 @@ class Shop:
         return self.cart[name]
 
 
-class Events:
-    """Held out: no training task, demonstration or tool list ever shows this app (content-OOD). Its words do occur
-    in training, as values ("event", "monday"), because a model cannot write a token that it has never seen."""
+class Post:
+    """Held out: no training task, demonstration or tool list ever shows this app (content-OOD). Its tools are new, but
+    they are spelled with words that training does show (send_mail, add_item -> send_item): a model cannot write a token
+    that it has never seen, and then the score would say nothing about format or tool use."""
 
     def __init__(self, rng):
-        self.events = {name: rng.choice(DAYS) for name in rng.sample(WORDS, 3)}
+        self.parcels = {name: rng.choice(PEOPLE) for name in rng.sample(WORDS, 3)}
 
-    def create_event(self, name, day):
-        if name in self.events:
-            raise ValueError(f'the event "{name}" exists')
-        self.events[name] = day
-        return f'created "{name}"'
+    def send_item(self, name, to):
+        if name in self.parcels:
+            raise ValueError(f'"{name}" is on its way')
+        self.parcels[name] = to
+        return f'sent "{name}"'
 
-    def read_event(self, name):
-        return self.events[name]
+    def check_item(self, name):
+        return self.parcels[name]
 
-    def delete_event(self, name):
-        del self.events[name]
+    def delete_item(self, name):
+        del self.parcels[name]
         return f'deleted "{name}"'
 
 
-APPS = {"files": Files, "mail": Mail, "bank": Bank, "shop": Shop, "events": Events}
-HELD_OUT = "events"
+APPS = {"files": Files, "mail": Mail, "bank": Bank, "shop": Shop, "post": Post}
+HELD_OUT = "post"
 PEOPLE = "ann bob carl dora eve finn gina hugo iris jack kim liam mona nick olga paul".split()
-DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-WORDS = DAYS + """event file mail item money day read create delete plan list note song poem game lamp desk door road tree bird
-fish moon star rain snow wind gold blue green black white bread milk tea cake rice soup apple""".split()
-
+WORDS = """plan list note song poem game lamp desk door road tree bird fish moon star rain snow wind gold blue green black
+white bread milk tea cake rice soup apple monday friday sunday winter summer north south""".split()
 
 # {"files": {"create_file": "create_file(name, text)", ...}, ...}: only these names can be called, so no text of a model
 # ever reaches an attribute that is not a tool
@@ -412,13 +411,12 @@ ASKS = {
                     lambda rng, app: {"name": old(rng, app.cart)}),
     "count_item": (['how many of "{name}" are in the cart', 'count "{name}" in the cart'], None, None,
                    lambda rng, app: {"name": old(rng, app.cart)}),
-    "create_event": (['create the event "{name}" on "{day}"', 'plan "{name}" for "{day}"'],
-                     'create the event "{name}"', "day",
-                     lambda rng, app: {"name": new(rng, app.events, WORDS), "day": rng.choice(DAYS)}),
-    "read_event": (['read the event "{name}"', 'which day is "{name}"'], None, None,
-                   lambda rng, app: {"name": old(rng, app.events)}),
-    "delete_event": (['delete the event "{name}"', 'the event "{name}" must go'], None, None,
-                     lambda rng, app: {"name": old(rng, app.events)}),
+    "send_item": (['send the item "{name}" to "{to}"', 'the item "{name}" must go to "{to}"'], 'send the item "{name}"', "to",
+                  lambda rng, app: {"name": new(rng, app.parcels, WORDS), "to": rng.choice(PEOPLE)}),
+    "check_item": (['check the item "{name}"', 'check where the item "{name}" is'], None, None,
+                   lambda rng, app: {"name": old(rng, app.parcels)}),
+    "delete_item": (['delete the item "{name}"', 'the item "{name}" must go'], None, None,
+                    lambda rng, app: {"name": old(rng, app.parcels)}),
 }
 # Requests whose second call needs the first one's result: the reason why the loop is multi-STEP within a turn.
 CHAINS = [
