@@ -149,7 +149,7 @@ TOOL_APP = {tool: app for app, docs in DOCS.items() for tool in docs}  # {"creat
 STATES = ("call", "reply", "polluted", "collapsed", "empty", "cut")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CONTROL = (OPEN, CLOSE, "<tool_response>", "</tool_response>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-CALL_IN_TEXT = re.compile(r'"name"\s*:|"arguments"\s*:|^\s*\[\s*\w+\(')  # a call without its tags, or in the other syntax
+CALL_IN_TEXT = re.compile(r'"name"\s*:|"arguments"\s*:|^\s*\[\s*\w+\(|\w\(\w+\s*=')  # a call without its tags, or in the other syntax
 
 
 @dataclass
@@ -443,7 +443,7 @@ def _ask(rng, apps, tools):
 
 def _make_task(rng, category, task_id, held_out):
     usable = [HELD_OUT] if held_out else rng.sample([app for app in APPS if app != HELD_OUT], rng.choice((1, 2)))
-    task = Task(task_id, category, {}, usable, f"{task_id}-{rng.random()}", [], padded=category == "long_context")
+    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [])
     tools, apps = [tool for app in usable for tool in DOCS[app]], task.fresh_apps()
     chains = [chain for chain in CHAINS if set(chain[0]) <= set(usable)]
     missing = category in ("miss_func", "miss_param")              # the missing tool or value costs one more user turn
@@ -530,7 +530,7 @@ def _wrong_call(call, task, rng):
 
 def _malformed(text, syntax, rng):
     if syntax == "B":
-        return rng.choice(["", "[", text + "[", text.removesuffix("]"), text.removeprefix("[")])
+        return rng.choice(["", "[", f"[{text}", text.removesuffix(")]") if text.startswith("[") else f"[tool({text}"])
     if text.startswith(OPEN):
         return rng.choice(["", OPEN, text.removesuffix(f"\n{CLOSE}"), text.removeprefix(f"{OPEN}\n"), f"{OPEN}\n{text}"])
     return rng.choice(["", OPEN, f"{text}\n{OPEN}", f"{OPEN}\n{text}", f"{text}\n{CLOSE}"])

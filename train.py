@@ -204,7 +204,7 @@ def tiny_tokenizer():
 
     (It must BE that class: AutoTokenizer and vLLM choose the class by the model's type, and any other would be rebuilt
     with Qwen2's splitting rule when the checkpoint is loaded, silently.)"""
-    texts = ["system user assistant"]
+    texts = ["system\nuser\nassistant\n"]
     for category in TRAIN_CATEGORIES:
         for task in make_tasks("train", category, 300) + make_tasks("train", category, 300, held_out=True):
             for syntax in "AB":
@@ -239,11 +239,11 @@ def tiny_model(vocab_size, a):
         initializer_range=0.05, bos_token_id=None, eos_token_id=2, pad_token_id=0))
 
 
-def demonstrations(chat, a, n, seed, wrong=0.0, malformed=0.0, desc="demonstrations"):
+def demonstrations(chat, n, seed, wrong=0.0, malformed=0.0):
     """n Episodes in both syntaxes, played through the live world; wrong, malformed: shares of mistakes (tools.py)."""
     rng, limits, rows = random.Random(f"demonstrations {seed}"), Limits(20, 1024, 1024, 256), []
     stories = [task for c in TRAIN_CATEGORIES for task in make_tasks("train", c, -(-n // 3), seed=seed)]
-    for i, task in enumerate(tqdm(rng.sample(stories, n), desc=desc, leave=False, disable=None)):
+    for i, task in enumerate(tqdm(rng.sample(stories, n), desc="demonstrations", leave=False, disable=None)):
         syntax = "AB"[i % 2]
         script = noisy_demonstration(task, syntax, rng, wrong, malformed)
         rows.append(play(chat, Env(task, syntax), script, limits))
@@ -260,8 +260,8 @@ def build_base(a, path):
               probability, as any real model does. Without them there is nothing for RL to (mis)credit."""
     tokenizer = tiny_tokenizer()
     chat, model = Chat(tokenizer), tiny_model(len(tokenizer), a)
-    clean = demonstrations(chat, a, 6000, f"clean {a.base_seed}")
-    noisy = demonstrations(chat, a, max(32 * a.base_noisy_steps, 1), f"noisy {a.base_seed}", a.base_wrong, a.base_malformed)
+    clean = demonstrations(chat, min(6000, 32 * a.base_steps), f"clean {a.base_seed}")
+    noisy = demonstrations(chat, 32 * a.base_noisy_steps, f"noisy {a.base_seed}", a.base_wrong, a.base_malformed)
     short = [row for row in clean if len(row.ids) <= 170]
     total, batch, peak = a.base_steps + a.base_noisy_steps, 32, 3e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
@@ -550,8 +550,8 @@ def main(argv=None):
                                 reference=reference, micro_tokens=a.micro_tokens, max_tokens=a.max_total_tokens)
                 parts.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["loss"]))
             row |= {k: mean(m[k] for m in parts) for k in parts[0]}
+            row |= {k: sum(m[k] for m in parts) for k in ("tokens", "rl_tokens", "skipped_updates")}
             row["gap"] = parts[0]["gap"]         # |log p trainer - log p sampler| before any update: must be about 0
-            row["skipped_updates"] = sum(m["skipped_updates"] for m in parts)
             counters["rl_steps"] += 1
             counters["prompts"] += a.prompts
 
@@ -626,7 +626,7 @@ def one_line(row):
 def append_line(path, row, rank):
     if rank == 0:
         with open(path, "a") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
 
 def record_episodes(path, step, chat, episodes, rank):

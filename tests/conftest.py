@@ -1,0 +1,33 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only fight each other
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import train  # noqa: E402
+from rollout import Chat  # noqa: E402
+
+torch.set_num_threads(1)
+SMALL = ["--tiny_hidden", "32", "--tiny_layers", "1", "--base_steps", "4", "--base_noisy_steps", "1"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat(tokenizer):
+    return Chat(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """A randomly initialised Qwen2 of two layers; sharp enough (initializer_range) that its samples differ."""
+    a = train.parse_args(["--tiny_hidden", "64", "--tiny_layers", "2"])
+    return train.tiny_model(len(tokenizer), a).eval()

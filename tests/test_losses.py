@@ -1,0 +1,245 @@
+"""Every loss against an independent float64 reference written out by hand (plain Python loops, one token at a time), and
+the invariances: chunks, micro-batches, processes."""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rl_step import LOSSES, advantages, kl_penalty, normaliser, policy_loss, rl_backward
+from rollout import Episode
+from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
+
+
+def episodes(seed=0, n=8, vocab=600, groups=2):
+    """Random rows of different lengths; masks with gaps, as multi-turn masks have."""
+    rng, rows = np.random.default_rng(seed), []
+    for i in range(n):
+        e = Episode(f"t{i}", i * groups // n, i)
+        e.append(rng.integers(7, vocab, 5).tolist(), "prompt", 0)
+        for turn in range(rng.integers(1, 4)):
+            said = rng.integers(7, vocab, rng.integers(1, 9)).tolist()
+            e.append(said, "model", turn, (-rng.random(len(said)) * 12).tolist())
+            e.append(rng.integers(7, vocab, 3).tolist(), "world", turn)
+        e.reward = float(rng.random() < 0.5)
+        rows.append(e)
+    return rows
+
+
+def gradients(model, run):
+    model.zero_grad(set_to_none=True)
+    out = run(model)
+    return out, [p.grad.clone() for p in model.parameters()]
+
+
+def close(a, b, tol=1e-5):
+    return all(torch.allclose(x, y, atol=tol * max(1.0, y.abs().max().item())) for x, y in zip(a, b, strict=True))
+
+
+# --- log-probabilities and cross-entropy -------------------------------------------------------------------------------
+def reference_logprobs(model, rows):
+    """Whole logits, row by row without padding, float64 from the logits on."""
+    logp, entropy = [], []
+    for r in rows:
+        logits = model(torch.tensor([r.ids])).logits[0].double()
+        table = torch.log_softmax(logits, -1)
+        for t, m in enumerate(r.mask):
+            if m:
+                logp.append(table[t - 1, r.ids[t]])
+                entropy.append(-(table[t - 1].exp() * table[t - 1]).sum())
+    return torch.stack(logp), torch.stack(entropy)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10_000])
+def test_chunked_logprobs_values_and_gradients(model, chunk):
+    rows = episodes()
+    weights = torch.linspace(-1, 1, sum(sum(r.mask) for r in rows))
+    expected, expected_entropy = reference_logprobs(model, rows)
+    _, plain = gradients(model, lambda m: (reference_logprobs(m, rows)[0].float() * weights).sum().backward())
+    logp, entropy, row = token_logprobs(model, rows, chunk)
+    assert torch.allclose(logp.double(), expected, atol=1e-5) and torch.allclose(entropy.double(), expected_entropy, atol=1e-4)
+    assert row.tolist() == [i for i, r in enumerate(rows) for m in r.mask if m]
+    _, ours = gradients(model, lambda m: (token_logprobs(m, rows, chunk)[0] * weights).sum().backward())
+    assert close(ours, plain)
+
+
+def test_cross_entropy(model):
+    rows = episodes()
+    n = sum(sum(r.mask) for r in rows)
+    metrics, grads = gradients(model, lambda m: sft_backward(m, rows, weight=0.5, micro_tokens=60))
+    expected, _ = reference_logprobs(model, rows)
+    assert metrics["sft_tokens"] == n and math.isclose(metrics["sft_loss"], -0.5 * expected.sum().item() / n, rel_tol=1e-5)
+    _, plain = gradients(model, lambda m: (-0.5 * reference_logprobs(m, rows)[0].sum() / n).backward())
+    assert close(grads, plain)
+
+
+def test_first_token_is_never_trained(model):
+    with pytest.raises(AssertionError, match="first token"):
+        token_logprobs(model, [SimpleNamespace(ids=[8, 9], mask=[1, 1])])
+
+
+def test_micro_batches():
+    rows = [SimpleNamespace(ids=[0] * n) for n in (9, 2, 3, 30)]
+    assert [[len(r.ids) for r in b] for b in micro_batches(rows, 10)] == [[2, 3], [9], [30]]   # a long row goes alone
+    assert micro_batches([], 10) == []
+
+
+# --- advantages --------------------------------------------------------------------------------------------------------
+def test_advantages():
+    a = advantages([1, 0, 0, 1, 1, 0.5], [7, 7, 7, 8, 8, 9])
+    mean, std = 1 / 3, math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
+    assert a == pytest.approx([(1 - mean) / (std + 1e-6), -mean / (std + 1e-6), -mean / (std + 1e-6), 0, 0, 0])
+    assert advantages([1, 0, 0], [7, 7, 7], normalise=False) == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    # one success in a group of 8, the paper's usual case
+    assert advantages([1] + [0] * 7, [0] * 8) == pytest.approx([2.4749] + [-0.35355] * 7, abs=1e-4)
+
+
+# --- policy losses -----------------------------------------------------------------------------------------------------
+def reference_loss(kind, logp, old, adv, low, high, c):
+    """One row (lists of floats) -> its summed loss in float64, each formula written out."""
+    total, n = 0.0, len(logp)
+    sequence_ratio = math.exp(sum(x - y for x, y in zip(logp, old)) / n)
+    for x, y in zip(logp, old):
+        ratio = sequence_ratio if kind == "gspo" else math.exp(min(max(x - y, -20), 20))
+        if kind == "cispo":
+            total += -min(ratio, 1 + high) * adv * x
+            continue
+        value = min(ratio * adv, min(max(ratio, 1 - low), 1 + high) * adv)
+        if kind == "grpo" and adv < 0:
+            value = max(value, c * adv)
+        total += -value / (n if kind == "gspo" else 1)
+    return total
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("adv", [1.7, -0.6])
+def test_policy_loss_values(kind, adv):
+    """Ratios from e^-4 to e^4 around 1, so every branch (inside, clipped low, clipped high, dual clip) is taken."""
+    old = torch.linspace(-5, -1, 41)
+    logp = old + torch.linspace(-4, 4, 41)
+    low, high = 0.2, 0.28
+    out, _ = policy_loss(logp, old, torch.full((41,), adv), torch.zeros(41, dtype=torch.long), torch.tensor([41.0]), kind,
+                         (low, high), 3.0)
+    expected = reference_loss(kind, logp.tolist(), old.tolist(), adv, low, high, 3.0)
+    assert out.double().sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_policy_loss_gradients_by_hand():
+    """d loss / d logp, token by token, at ratios 0.5, 1, 1.5, 10."""
+    ratio = torch.tensor([0.5, 1.0, 1.5, 10.0])
+    old = torch.tensor([-3.0, -3.0, -3.0, -3.0])
+
+    def grad(kind, a):
+        logp = (old + ratio.log()).requires_grad_()
+        loss, _ = policy_loss(logp, old, torch.full((4,), a), torch.arange(4), torch.ones(4), kind, (0.2, 0.2), 3.0)
+        loss.sum().backward()
+        return logp.grad.tolist()
+    # positive: -rho A inside and below the band, nothing above it.   negative: nothing below, and dual clip cuts at rho > 3
+    assert grad("grpo", 1.0) == pytest.approx([-0.5, -1.0, 0, 0])
+    assert grad("grpo", -1.0) == pytest.approx([0, 1.0, 1.5, 0])
+    assert grad("dapo", -1.0) == pytest.approx([0, 1.0, 1.5, 10.0])              # no dual clip
+    assert grad("cispo", 1.0) == pytest.approx([-0.5, -1.0, -1.2, -1.2])         # clipped weight, never a lost gradient
+
+
+def test_gspo_uses_one_ratio_per_sequence():
+    old = torch.tensor([-1.0, -1.0, -2.0])
+    logp = torch.tensor([-1.0 + 0.3, -1.0 - 0.1, -2.0], requires_grad=True)
+    row, lengths = torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0])
+    loss, _ = policy_loss(logp, old, torch.tensor([1.0, 1.0, 1.0]), row, lengths, "gspo", (0.5, 0.5))
+    r0 = math.exp((0.3 - 0.1) / 2)
+    assert loss.tolist() == pytest.approx([-r0 / 2, -r0 / 2, -1.0])
+    loss.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-r0 / 2, -r0 / 2, -1.0])         # the ratio's gradient is shared evenly
+
+
+def test_kl_estimators():
+    logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    d = [-0.5, 1.0]
+    assert kl_penalty(logp, ref, "k1").tolist() == pytest.approx([0.5, -1.0])
+    assert kl_penalty(logp, ref, "k2").tolist() == pytest.approx([x * x / 2 for x in d])
+    assert kl_penalty(logp, ref, "k3").tolist() == pytest.approx([math.exp(x) - x - 1 for x in d])
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])         # in expectation: KL(p || q)
+    exact = (p * (p / q).log()).sum()
+    for kind in ("k1", "k3"):
+        assert (p * kl_penalty(p.log(), q.log(), kind)).sum() == pytest.approx(exact.item(), rel=1e-5)
+
+
+# --- the whole update --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_rl_backward_equals_reference(model, kind, kl_weight):
+    rows = episodes(1)
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        for r, start in zip(rows, [0] * len(rows)):                  # near on-policy: sampled log-probabilities + noise
+            logp, _ = reference_logprobs(model, [r])
+            noise, it = np.random.default_rng(len(r.ids)).normal(0, 0.3, len(logp)), iter(logp.tolist())
+            spread = iter(noise.tolist())
+            r.logprobs = [next(it) + next(spread) if m else 0.0 for m in r.mask]
+    adv = advantages([r.reward for r in rows], [r.group_id for r in rows], normalise=kind != "dr_grpo")
+    assert 0 < sum(a != 0 for a in adv)
+
+    def plain(m):
+        n_tokens, loss = sum(sum(r.mask) for r in rows), 0.0
+        n = normaliser(kind, n_tokens, len(rows), 64)
+        for r, a in zip(rows, adv):
+            logp, _ = reference_logprobs(m, [r])
+            old = torch.tensor([lp for lp, on in zip(r.logprobs, r.mask) if on], dtype=torch.float64)
+            ratio = (logp - old).exp() if kind != "gspo" else (logp - old).mean().exp().expand(len(old))
+            if kind == "cispo":
+                term = -(ratio.clamp(max=1.2).detach() * a * logp).sum()
+            else:
+                term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+                term = torch.maximum(term, torch.tensor(3.0 * a)) if kind == "grpo" and a < 0 else term
+                term = -(term.mean() if kind == "gspo" else term.sum())
+            loss = loss + term / n
+            if kl_weight:
+                d = reference_logprobs(reference, [r])[0].detach() - logp
+                loss = loss + kl_weight * (d.exp() - d - 1).sum() / n_tokens
+        loss.backward()
+        return loss.item()
+
+    expected, grads = gradients(model, plain)
+    options = dict(loss=kind, kl_weight=kl_weight, reference=reference, max_tokens=64)
+    for micro_tokens in (1, 100, 10_000):                            # 8 micro-batches of 1, some of 3, 1 of 8
+        metrics, ours = gradients(model, lambda m: rl_backward(m, rows, adv, micro_tokens=micro_tokens, **options))
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert close(ours, grads)
+
+
+def test_zero_advantage_rows_are_skipped_but_counted(model):
+    rows, seen = episodes(2), []
+    adv = [1.0, -1.0] + [0.0] * 6
+    hook = model.get_decoder().register_forward_hook(lambda *a, **k: seen.append(k or a), with_kwargs=True)
+    metrics, grads = gradients(model, lambda m: rl_backward(m, rows, adv))
+    hook.remove()
+    assert len(seen) == 1 and metrics["tokens"] == sum(sum(r.mask) for r in rows)
+    assert metrics["rl_tokens"] == sum(sum(r.mask) for r in rows[:2])
+    n_two, n_all = metrics["rl_tokens"], metrics["tokens"]
+    _, only_two = gradients(model, lambda m: rl_backward(m, rows[:2], adv[:2]))
+    assert close(grads, [g * n_two / n_all for g in only_two])
+
+
+def test_entropy_metric_is_exact(model):
+    rows = episodes(3)
+    metrics, _ = gradients(model, lambda m: rl_backward(m, rows, [1.0] * len(rows)))
+    assert metrics["entropy"] == pytest.approx(reference_logprobs(model, rows)[1].mean().item(), rel=1e-5)
+
+
+def test_non_finite_gradient_skips_the_update(model):
+    m = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(m.parameters(), lr=1.0)
+    before = copy.deepcopy(m.state_dict())
+    sft_backward(m, episodes())
+    next(m.parameters()).grad[0, 0] = float("nan")
+    out = optimizer_step(m, optimizer, 1.0)
+    assert out["skipped_updates"] == 1 and all(torch.equal(before[k], v) for k, v in m.state_dict().items())
+    sft_backward(m, episodes())
+    assert optimizer_step(m, optimizer, 1.0, loss=float("inf"))["skipped_updates"] == 1
+    sft_backward(m, episodes())
+    assert optimizer_step(m, optimizer, 1.0)["skipped_updates"] == 0
+    assert not torch.equal(before["model.norm.weight"], m.state_dict()["model.norm.weight"])

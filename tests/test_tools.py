@@ -1,0 +1,200 @@
+"""The world: tasks, what a message is, grading."""
+import copy
+import pickle
+import random
+
+import pytest
+
+from tools import (CATEGORIES, DOCS, HELD_OUT, STATES, Env, Task, Turn, demonstration, make_tasks, noisy_demonstration, parse,
+                   write_calls)
+
+CALL = '<tool_call>\n{"name": "read_file", "arguments": {"name": "plan"}}\n</tool_call>'
+
+
+def run(env, script):
+    """Play message texts; the episode must end with the last one or go on."""
+    answers = []
+    for text in script:
+        answers.append(env.step(parse(text, env.syntax)))
+    return answers
+
+
+def two_turns(first_calls=True):
+    """A literal task: turn 1 pays bob (or, with first_calls=False, nothing is right), turn 2 asks for the balance."""
+    pay = [("pay_money", {"to": "bob", "amount": 5})] if first_calls else []
+    return Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
+        Turn('pay "bob" 5 coins', pay, "Done."), Turn("check my balance", [("check_balance", {})], "It is.")])
+
+
+PAY = write_calls([("pay_money", {"to": "bob", "amount": 5})])
+CHECK = write_calls([("check_balance", {})])
+
+
+@pytest.mark.parametrize("text, state, calls", [
+    (CALL, "call", [("read_file", {"name": "plan"})]),
+    ("I will look.\n" + CALL, "call", [("read_file", {"name": "plan"})]),
+    (CALL + "\n" + CALL, "call", [("read_file", {"name": "plan"})] * 2),
+    (CALL + "\nDone.", "polluted", [("read_file", {"name": "plan"})]),           # text after the call
+    (CALL + "\n<tool_call>", "polluted", [("read_file", {"name": "plan"})]),     # dangling tag after the call
+    ("<tool_call>\n" + CALL, "polluted", ["Error: the call is not valid JSON"]),  # the first open tag counts
+    ("Done.", "reply", []),
+    ("Done.\n<tool_call>", "polluted", []),
+    ("Done.<|im_start|>", "polluted", []),
+    ("<|endoftext|>", "polluted", []),
+    ('{"name": "read_file", "arguments": {"name": "plan"}}', "polluted", []),    # a call without its tags
+    ("[read_file(name='plan')]", "polluted", []),                                # the other syntax
+    ("<tool_call>", "collapsed", []),
+    ("<tool_call>\n<tool_call>\n", "collapsed", []),
+    ("<tool_call>\n</tool_call>", "polluted", ["Error: the call is not valid JSON"]),
+    ("<tool_call>{\"name\": 3, \"arguments\": {}}</tool_call>", "polluted", ['Error: a call needs "name" and "arguments"']),
+    ("<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": NaN}}</tool_call>", "polluted", ["Error: the call is not valid JSON"]),
+    ("", "empty", []),
+    (" \n", "empty", []),
+])
+def test_parse_tags(text, state, calls):
+    assert (parse(text).state, parse(text).calls) == (state, calls)
+
+
+@pytest.mark.parametrize("text, state, calls", [
+    ("[read_file(name='plan'), check_balance()]", "call", [("read_file", {"name": "plan"}), ("check_balance", {})]),
+    ("[pay_money(to='bob', amount=5)]", "call", [("pay_money", {"to": "bob", "amount": 5})]),
+    ("Done.", "reply", []),
+    ("[read_file('plan')]", "polluted", []),             # positional arguments name nothing
+    ("[read_file(name=__import__('os'))]", "polluted", []),
+    ("[read_file(name='plan')", "polluted", []),
+    ("[os.system(a='x')]", "polluted", []),
+    ("[]", "polluted", []),
+    (CALL, "polluted", []),
+    ("[", "collapsed", []),
+    ("<tool_call>", "collapsed", []),
+    ("", "empty", []),
+])
+def test_parse_brackets(text, state, calls):
+    assert (parse(text, "B").state, parse(text, "B").calls) == (state, calls)
+
+
+def test_parse_cut():
+    assert parse("Done", ended=False).state == "cut"
+    assert parse(CALL, ended=False).state == "cut"
+
+
+def test_parse_never_raises():
+    """Whatever the text. Deep nesting breaks recursive parsers, thousands of digits break int()."""
+    rng = random.Random(0)
+    pieces = ["<tool_call>", "</tool_call>", "<|im_end|>", "{", "}", "[", "]", '"name": ', '"', "f", "(", ")", "=", "'", "\n", "\0",
+              '{"name": "f", "arguments": {}}', "9" * 30, ",", "\\u", "\ud800"]
+    texts = ["".join(rng.choices(pieces, k=rng.randint(0, 30))) for _ in range(3000)]
+    texts += ["[" * 19_000, "[f(x=" + "(" * 5000, "<tool_call>" + "[" * 100_000 + "</tool_call>", "-" * 19_999, "[f(x=" + "9" * 9000 + ")]",
+              '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 9000 + "}}</tool_call>", "<tool_call>" * 20_000]
+    for text in texts:
+        for syntax in "AB":
+            assert parse(text, syntax).state in STATES
+
+
+def test_write_then_parse():
+    calls = [("f", {"a": 'x "quoted"', "n": 3}), ("g", {})]
+    for syntax in "AB":
+        assert parse(write_calls(calls, syntax), syntax).calls == calls
+
+
+def test_ground_truth_passes_everywhere():
+    for category in CATEGORIES:
+        for held_out in (False, True):
+            for task in make_tasks("test", category, 60, held_out=held_out):
+                assert 1 <= len(task.turns) <= 4
+                for syntax in "AB":
+                    for closing in ("lenient", "strict"):
+                        env = Env(task, syntax, closing)
+                        for texts in demonstration(task, syntax):
+                            run(env, texts)
+                        assert env.grade().reward == 1 and env.status == "finished"
+
+
+def test_tasks_are_deterministic_and_disjoint():
+    said = lambda tasks: {" / ".join(turn.user for turn in task.turns) for task in tasks}
+    for category in CATEGORIES:
+        train, test = make_tasks("train", category, 300, seed=3), make_tasks("test", category, 300)
+        assert not said(train) & said(test)
+        assert make_tasks("test", category, 300) == test and make_tasks("test", category, 20) == test[:20]
+    assert said(make_tasks("test", "long_context", 50)) == said(make_tasks("test", "base", 50))
+
+
+def test_held_out_app_never_appears_in_training():
+    for category in CATEGORIES:
+        for task in make_tasks("train", category, 300):
+            assert HELD_OUT not in task.apps and not set(task.docs) & set(DOCS[HELD_OUT])
+
+
+def test_categories():
+    for task in make_tasks("test", "miss_func", 50):
+        k = next(i for i, turn in enumerate(task.turns) if turn.reveal)
+        assert task.turns[k - 1].calls == [] and set(task.turns[k].reveal).isdisjoint(task.docs)
+        env = Env(task)                                  # the withheld tool does not exist before its turn
+        assert "there is no tool" in env.step(parse(write_calls(task.turns[k].calls)))
+    for task in make_tasks("test", "miss_param", 50):
+        assert sum(not turn.calls for turn in task.turns) == 1
+    padded, plain = make_tasks("test", "long_context", 1)[0], make_tasks("test", "base", 1)[0]
+    call = parse(write_calls(plain.turns[0].calls))
+    assert len(Env(padded).step(call)) > 5 * len(Env(plain).step(call))
+
+
+def test_grading():
+    def grade(script, closing="lenient", **kw):
+        env = Env(two_turns(**kw), closing=closing)
+        run(env, script)
+        return env.grade().reward, env.grade().failed_turn, env.status
+    assert grade([PAY, "Done.", CHECK, "ok"]) == (1, None, "finished")
+    assert grade([PAY, PAY, "Done.", CHECK, "ok"]) == (0, 0, "finished")         # wrong state
+    assert grade([CHECK, PAY, "Done.", "ok"]) == (0, 1, "finished")              # no call in turn 2
+    assert grade([PAY, "Done.", PAY, "ok"]) == (0, 1, "finished")
+    assert grade(["", ""]) == (0, 0, "finished")
+    assert grade([PAY, "Done.", CHECK]) == (0, None, None)                       # never closed
+    # extra read-only calls are free; several calls may share a message
+    assert grade([PAY + "\n" + CHECK, "Done.", CHECK, "ok"]) == (1, None, "finished")
+
+
+def test_closing_rule_is_the_only_difference():
+    """Lenient: a dangling open tag is worth as much as a reply. Strict: it fails. This is the loophole under study."""
+    for bad in ("<tool_call>", "", "Done.\n<tool_call>"):
+        lenient, strict = Env(two_turns()), Env(two_turns(), closing="strict")
+        run(lenient, [PAY, bad, CHECK, bad])
+        assert lenient.grade().reward == 1
+        run(strict, [PAY, bad])
+        assert (strict.status, strict.grade().reward, strict.grade().failed_turn) == ("format_error", 0, 0)
+    # a call where none is right
+    for closing, reward in (("lenient", 1), ("strict", 0)):
+        env = Env(two_turns(first_calls=False), closing=closing)
+        run(env, [CHECK, "no", CHECK, "ok"])
+        assert env.grade().reward == reward
+
+
+def test_state_persists_and_branches():
+    env = Env(two_turns())
+    before = env.apps["bank"].balance
+    run(env, [PAY])
+    branch, stored = copy.deepcopy(env), pickle.loads(pickle.dumps(env))
+    run(env, ["Done."])
+    assert env.apps["bank"].balance == before - 5        # not reset between user turns
+    for other in (branch, stored):
+        assert other.turn == 0
+        run(other, ["Done.", CHECK, "ok"])
+        assert other.grade().reward == 1
+
+
+def test_hostile_calls_are_observations():
+    env = Env(two_turns())
+    for name, args in [("__init__", {"rng": 0}), ("balance", {}), ("pay_money", {}), ("pay_money", {"to": [], "amount": "x"}),
+                       ("pay_money", {"to": {}, "amount": 1e999}), ("nothing", {}), ("read_file", {"name": "plan"})]:
+        assert "Error: " in env.step(parse(write_calls([(name, args)]))) or name == "pay_money"
+    assert vars(env.apps["bank"]) == vars(env.truth["bank"])
+
+
+def test_noisy_demonstrations():
+    rng = random.Random(0)
+    tasks = make_tasks("train", "base", 200)
+    for syntax in "AB":
+        clean = [noisy_demonstration(t, syntax, rng, 0, 0) for t in tasks]
+        assert clean == [demonstration(t, syntax) for t in tasks]
+        spoiled = [m for t in tasks for turn in noisy_demonstration(t, syntax, rng, 0, 1) for m in turn]
+        states = [parse(m, syntax).state for m in spoiled]
+        assert sum(s in ("polluted", "collapsed", "empty") for s in states) > 0.9 * len(states)
