@@ -349,9 +349,7 @@ def rollout(engine, chat, envs, limits, group_ids, samples, seed=(0,), temperatu
     for env, group_id, sample in zip(envs, group_ids, samples, strict=True):
         episode = Episode(env.task.id, group_id, sample)
         episode.append(chat.prompt(env.opening()), "prompt", 0)
-        if len(episode.ids) >= limits.total:
-            raise UserError(f"the prompt of {env.task.id} has {len(episode.ids)} tokens, which leaves no room for an "
-                            f"answer within --max_total_tokens {limits.total}; raise it.")
+        assert len(episode.ids) < limits.total, f"{env.task.id}: the prompt fills limits.total = {limits.total}"
         episodes.append(episode)
     engine.reset()
     while live := [i for i, env in enumerate(envs) if env.status is None]:

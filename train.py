@@ -409,14 +409,18 @@ def cut_log(path, step):
 # 5. Evaluation: greedy, on test tasks; all four categories, another app (content-OOD), the other syntax (format-OOD).
 
 
-def evaluate(model, chat, a, rank, world):
+def evaluation_sets(a):
+    """{"base": [(task, "A"), ...], ..., "content_ood": [...], "format_ood": [(task, "B"), ...]}"""
+    sets = {c: [(t, a.syntax) for t in make_tasks("test", c, a.eval_tasks)] for c in CATEGORIES}
+    sets["content_ood"] = [(t, a.syntax) for t in make_tasks("test", "base", a.eval_tasks, held_out=True)]
+    mixed = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.eval_tasks // 3))]
+    sets["format_ood"] = [(t, "B" if a.syntax == "A" else "A") for t in mixed[:a.eval_tasks]]
+    return sets
+
+
+def evaluate(model, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "average": .10, "content_ood": .02, "format_ood": .2, "state/call": .5, ...}"""
-    sets = {c: [Env(t, a.syntax, a.closing) for t in make_tasks("test", c, a.eval_tasks)] for c in CATEGORIES}
-    sets["content_ood"] = [Env(t, a.syntax, a.closing) for t in make_tasks("test", "base", a.eval_tasks, held_out=True)]
-    other = "B" if a.syntax == "A" else "A"
-    mixed = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.eval_tasks // 3))][:a.eval_tasks]
-    sets["format_ood"] = [Env(t, other, a.closing) for t in mixed]
-    work = [(name, env) for name, envs in sets.items() for env in envs][rank::world]
+    work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     episodes = rollout(HFEngine(model, chat.stop_ids), chat, [env for _, env in work], limits_of(a),
                        range(len(work)), [0] * len(work), temperature=0.0)
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
@@ -472,8 +476,9 @@ def main(argv=None):
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
+    sets = evaluation_sets(a)
     if a.eval_only:
-        scores = evaluate(model, chat, a, rank, world)
+        scores = evaluate(model, chat, sets, a, rank, world)
         say(table({"score": scores}))
         if a.out and rank == 0:
             Path(a.out).mkdir(parents=True, exist_ok=True)
@@ -487,6 +492,10 @@ def main(argv=None):
     # ---- data -------------------------------------------------------------------------------------------------------
     limits = limits_of(a)
     tasks = [t for c in TRAIN_CATEGORIES for t in make_tasks("train", c, -(-a.train_tasks // 3))][:a.train_tasks]
+    for task, syntax in [(t, a.syntax) for t in tasks] + sum(sets.values(), []):
+        if (n := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
+            raise UserError(f"the prompt of {task.id} has {n} tokens, which leaves no room for an answer within "
+                            f"--max_total_tokens {a.max_total_tokens}; raise it.")
     demos = []
     if a.signal == "sft":
         demos = [play(chat, Env(t, a.syntax, a.closing), demonstration(t, a.syntax), limits) for t in tasks]
@@ -516,7 +525,7 @@ def main(argv=None):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
         if step == 0 or last or (a.eval_every > 0 and step % a.eval_every == 0 and step > start):
-            scores = evaluate(model, chat, a, rank, world)
+            scores = evaluate(model, chat, sets, a, rank, world)
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
         if step > start and rank == 0 and (last or (a.save_every > 0 and step % a.save_every == 0)):
@@ -663,13 +672,19 @@ def summary(out, counters):
     return "\n".join(text)
 
 
-if __name__ == "__main__":
+def cli(argv=None):
+    """main, with user mistakes as one sentence and exit status 2"""
     try:
-        main()
+        main(argv)
+        return 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -121,7 +121,7 @@ def test_observation_limit_keeps_the_last_tokens(chat):
 
 
 def test_prompt_that_fills_the_limit(chat):
-    with pytest.raises(UserError, match="--max_total_tokens 20"):
+    with pytest.raises(AssertionError, match="fills limits.total = 20"):
         roll(chat, [], Limits(20, 64, 20, 256))
 
 

@@ -1,0 +1,257 @@
+"""The run: the real command line, resuming, checkpoints, mistakes, two processes."""
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT, SMALL
+from safetensors.torch import load_file
+from test_losses import close, episodes
+
+import train
+from rl_step import advantages, rl_backward
+from sft_step import optimizer_step, sft_backward
+
+RUN = [*SMALL, "--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
+       "--max_message_tokens", "24", "--max_messages", "16"]
+TIMES = {"seconds", "rollout_s"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with the pre-trained (four steps...) base in runs/, shared by all tests here."""
+    path = tmp_path_factory.mktemp("work")
+    before = os.getcwd()
+    os.chdir(path)
+    assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
+    yield path
+    os.chdir(before)
+
+
+def rows(out):
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return load_file(train.newest_checkpoint(out) / "model.safetensors")
+
+
+def command(*args, n=None, **kw):
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "29611"] if n else [
+        sys.executable]
+    return subprocess.run([*head, str(ROOT / "train.py"), *args], capture_output=True, text=True, timeout=240, **kw)
+
+
+def test_the_run_folder(folder):
+    out = folder / "runs/first"
+    steps = rows(out)
+    assert [r["step"] for r in steps] == [0, 0, 1, 2] and "eval/average" in steps[0] and "eval/average" in steps[-1]
+    step = steps[1]
+    assert sum(step[f"state/{s}"] for s in train.STATES) == pytest.approx(1, abs=1e-4)
+    assert step["gap"] < 1e-5 and step["tokens"] > 0 and 0 <= step["mixed_groups"] <= 1
+    assert json.loads((out / "config.json").read_text())["steps"] == 2
+    spoken = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+    assert {e["step"] for e in spoken} == {0, 1} and "<|im_start|>" in spoken[0]["text"]
+    names = {p.name for p in train.newest_checkpoint(out).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "state.pt", "MANIFEST.json"} <= names
+
+
+def test_command_line(folder):
+    """The command of README (smaller): status 0, a table, and a second call that refuses to overwrite."""
+    args = [*RUN, "--steps", "1", "--out", "runs/cli"]
+    done = command(*args, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "before" in done.stdout and "content_ood" in done.stdout and "runs/cli/metrics.jsonl" in done.stdout
+    before = (folder / "runs/cli/metrics.jsonl").read_bytes()
+    again = command(*args, cwd=folder)
+    assert again.returncode == 2 and again.stderr.strip().count("\n") == 0 and "--resume" in again.stderr
+    assert (folder / "runs/cli/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("schedule, phases", [("sft", ["sft"] * 3), ("sft_then_rl", ["sft"] * 3 + ["rl"] * 2)])
+def test_sft_schedules(folder, schedule, phases):
+    out = f"runs/{schedule}"
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", schedule, "--sft_steps", "3", "--steps", "2", "--sft_batch", "4",
+                      "--out", out]) == 0
+    steps = [r for r in rows(out) if "phase" in r]
+    assert [r["phase"] for r in steps] == phases
+    assert steps[2]["sft_loss"] < steps[0]["sft_loss"]
+
+
+def test_killed_run_resumes_to_the_same_numbers(folder):
+    """kill -9 in the middle, then --resume: metrics and weights equal those of a run that nobody interrupted, bit by bit."""
+    args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_steps", "2", "--steps", "5", "--save_every", "2",
+            "--kl_weight", "0.01", "--sft_batch", "4", "--threads", "1"]
+    assert command(*args, "--out", "runs/whole", cwd=folder).returncode == 0
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, "--out", "runs/killed"], cwd=folder,
+                               stdout=subprocess.DEVNULL)
+    metrics = folder / "runs/killed/metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:   # step 3 is logged, the last checkpoint is step 2
+        time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "runs/killed/checkpoints/latest").read_text() in ("step-2", "step-4")
+    with open(metrics, "a") as f:
+        f.write('{"step": 4, "rew')                                      # as if the kill had hit a write
+    assert command(*args, "--out", "runs/killed", "--resume", cwd=folder).returncode == 0
+    assert rows("runs/killed") == rows("runs/whole")
+    a, b = weights("runs/killed"), weights("runs/whole")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_resume_before_the_first_checkpoint(folder):
+    """A run killed before it saved anything starts over."""
+    args = [*RUN, "--steps", "1", "--out", "runs/early"]
+    assert train.cli(args) == 0
+    whole = rows("runs/early")
+    (folder / "runs/early/checkpoints/latest").unlink()
+    assert train.cli([*args, "--resume"]) == 0 and rows("runs/early") == whole
+
+
+def test_eval_only(folder, capsys):
+    capsys.readouterr()
+    assert train.cli([*RUN, "--eval_only", "--model", "runs/first", "--out", "runs/scores"]) == 0
+    assert "format_ood" in capsys.readouterr().out
+    scores = json.loads((folder / "runs/scores/eval.json").read_text())
+    assert scores["average"] == pytest.approx(rows("runs/first")[-1]["eval/average"], abs=1e-6)
+    assert [p.name for p in (folder / "runs/scores").iterdir()] == ["eval.json"]
+    assert train.cli([*RUN, "--eval_only", "--model", str(train.newest_checkpoint("runs/first"))]) == 0   # an HF folder
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--steps", "-1"], "--steps -1"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--group", "1"], "--group 1"),
+    (["--updates", "9"], "--updates 9"),
+    (["--save_every", "0"], "--save_every 0"),
+    (["--base_wrong", "1.5"], "--base_wrong 1.5"),
+    (["--tiny_hidden", "33"], "--tiny_hidden 33"),
+    (["--loss", "ppo"], "invalid choice: 'ppo'"),
+    (["--signal", "sft"], "--schedule rl"),
+    (["--schedule", "sft"], "--signal none"),
+    (["--resume", "--eval_only"], "exclude each other"),
+    (["--model", "no/such/model"], "cannot load the model no/such/model"),
+    (["--model", "."], "cannot load the model ."),
+    (["--chat_template", "missing.jinja"], "missing.jinja is not a file"),
+    (["--out", "runs/first"], "runs/first exists"),
+    (["--out", "runs/nowhere", "--resume"], "no run in runs/nowhere"),
+    (["--out", "runs/first", "--resume", "--steps", "3"], "started with --steps 2, not 3"),
+    (["--max_total_tokens", "30"], "--max_total_tokens 30"),
+    (["--signal", "sft", "--schedule", "sft", "--max_messages", "1"], "does not fit into the limits"),
+])
+def test_mistakes_are_one_sentence(folder, capfd, args, words):
+    before = sorted(p for p in folder.rglob("*"))
+    argv = [*RUN, "--steps", "2", "--eval_tasks", "2", *([] if "--out" in args else ["--out", "runs/new"]), *args]
+    try:
+        status = train.cli(argv)
+    except SystemExit as error:
+        status = error.code
+    err = capfd.readouterr().err.strip().splitlines()
+    assert status == 2 and words in err[-1] and "Traceback" not in "\n".join(err)
+    written = {p for p in folder.rglob("*")} - set(before)
+    assert not written, "a mistake must not leave anything behind"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda path: (path / "model.safetensors").write_bytes(b"x" + (path / "model.safetensors").read_bytes()[1:]), "is damaged"),
+    (lambda path: (path / "state.pt").unlink(), "is damaged"),
+    (lambda path: path.rename(path.with_name("elsewhere")), "is missing"),
+])
+def test_damaged_checkpoints_are_refused(folder, capfd, damage, words):
+    out = f"runs/damaged-{len(list((folder / 'runs').iterdir()))}"
+    args = [*RUN, "--steps", "1", "--out", out]
+    assert train.cli(args) == 0
+    damage(train.newest_checkpoint(out))
+    metrics = (folder / out / "metrics.jsonl").read_bytes()
+    capfd.readouterr()
+    assert train.cli([*args, "--resume"]) == 2 and words in capfd.readouterr().err
+    assert (folder / out / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_publish_is_atomic(tmp_path):
+    def fail(tmp):
+        (tmp / "half").write_text("x")
+        raise KeyboardInterrupt
+    train.publish(tmp_path / "step-1", lambda tmp: (tmp / "file").write_text("good"))
+    with pytest.raises(KeyboardInterrupt):
+        train.publish(tmp_path / "step-1", fail)
+    assert (tmp_path / "step-1/file").read_text() == "good" and not (tmp_path / "step-1/half").exists()
+
+
+def test_endless_stream():
+    items = list(range(5))
+    stream = train.endless(items, 0, 20, "s")
+    assert all(sorted(stream[i:i + 5]) == items for i in range(0, 20, 5)) and stream[:5] != stream[5:10]
+    assert stream[7:13] == train.endless(items, 7, 6, "s")               # position in, same items out
+
+
+def test_collapse_is_named():
+    state = lambda call: {f"state/{s}": 0.0 for s in train.STATES} | {"state/call": call, "state/polluted": 1 - call}
+    curve = [0.1] * 10 + [0.4] * 20
+    fallen = curve + [0.01] * 10
+    as_rows = lambda rewards: [{"step": i, "reward": r, **state(r)} for i, r in enumerate(rewards)]
+    assert train.collapse(as_rows(curve)) is None
+    assert train.collapse(as_rows(curve + [0.0] * 6 + [0.4] * 10)) is None       # it recovered
+    found = train.collapse(as_rows(fallen))
+    assert 30 < found["step"] <= 35 and found["peak"] == pytest.approx(0.4)
+    assert found["before"]["polluted"] == pytest.approx(0.6) and found["after"]["polluted"] == pytest.approx(0.99)
+
+
+# --- two processes -----------------------------------------------------------------------------------------------------
+def worker(rank, world, model, parts, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=world)
+    torch.save(both_updates(model, parts[rank]), f"{path}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def both_updates(model, part):
+    """-> loss and gradient (after the sum over ranks) of one RL and one SFT update on this rank's (rows, advantages)"""
+    out, rows, adv = [], *part
+    for backward in (lambda m: rl_backward(m, rows, adv)["loss"], lambda m: sft_backward(m, rows)["sft_loss"]):
+        m, kept = copy.deepcopy(model), []
+        loss = backward(m)
+        optimizer = torch.optim.SGD(m.parameters(), lr=1.0)
+        optimizer.register_step_pre_hook(lambda *a: kept.extend(p.grad.clone() for p in m.parameters()))
+        optimizer_step(m, optimizer, max_norm=1e9)
+        out.append((loss, kept))
+    return out
+
+
+@pytest.mark.parametrize("split", [4, 6, 8])                             # 4 + 4, 6 + 2, 8 + 0 rows: also a rank with nothing
+def test_two_processes_equal_one(model, tmp_path, split):
+    data = episodes(4)
+    adv = advantages([float(i % 2) for i in range(8)], [r.group_id for r in data])
+    parts = [(data[:split], adv[:split]), (data[split:], adv[split:])]
+    mp.spawn(worker, (2, model, parts, tmp_path), nprocs=2)
+    for one, *ranks in zip(both_updates(model, (data, adv)), *(torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))):
+        for loss, grads in ranks:
+            assert loss == pytest.approx(one[0], rel=1e-6) and close(grads, one[1])
+        assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], ranks[1][1]))
+
+
+def test_torchrun_equals_one_process(folder):
+    """The whole script: rollouts, updates, evaluation. Episodes are seeded one by one, so even the samples agree."""
+    args = [*RUN, "--steps", "2", "--threads", "1"]
+    two = command(*args, "--out", "runs/two", n=2, cwd=folder)
+    assert two.returncode == 0, two.stderr
+    a, b = rows("runs/two"), rows("runs/first")
+    assert len(a) == len(b)
+    for one, other in zip(a, b):
+        assert one.pop("phase", "") == other.pop("phase", "")
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_torchrun_mistake(folder):
+    done = command(*RUN, "--steps", "1", "--out", "runs/first", n=2, cwd=folder)
+    assert done.returncode != 0 and done.stderr.count("train.py: error: the run folder runs/first exists") == 1
