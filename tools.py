@@ -370,8 +370,10 @@ class Env:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Tasks. A story is a walk through the apps: each user turn asks for one or two things that are possible NOW, so the
-#    generator plays the ground truth while it writes. One entry per tool: phrasings; an incomplete phrasing and the
-#    argument that it lacks (miss_param); a sampler of arguments, given the app's present state.
+#    generator plays the ground truth while it writes. One entry per tool: two phrasings with the parts in another order; an
+#    incomplete phrasing and the argument that it lacks (miss_param); a sampler of arguments, given the app's present state.
+
+
 class Stuck(Exception):
     """The story cannot go on (nothing left to read or delete); the generator starts another one."""
 
@@ -387,43 +389,42 @@ def old(rng, taken):
 
 
 ASKS = {
-    "create_file": (['create the file "{name}" with text "{text}"', 'make a file "{name}" that says "{text}"'],
+    "create_file": (['create the file "{name}" with text "{text}"', 'with text "{text}" create the file "{name}"'],
                     'create the file "{name}"', "text",
                     lambda rng, app: {"name": new(rng, app.files, WORDS), "text": rng.choice(WORDS)}),
-    "read_file": (['read the file "{name}"', 'what does the file "{name}" say'], None, None,
+    "read_file": (['read the file "{name}"', 'the file "{name}", read it'], None, None,
                   lambda rng, app: {"name": old(rng, app.files)}),
-    "delete_file": (['delete the file "{name}"', 'the file "{name}" must go'], None, None,
+    "delete_file": (['delete the file "{name}"', 'the file "{name}", delete it'], None, None,
                     lambda rng, app: {"name": old(rng, app.files)}),
-    "send_mail": (['send a mail to "{to}" with text "{text}"', 'write to "{to}" that "{text}"'],
+    "send_mail": (['send a mail to "{to}" with text "{text}"', 'with text "{text}" send a mail to "{to}"'],
                   'send a mail to "{to}"', "text",
                   lambda rng, app: {"to": rng.choice(PEOPLE), "text": rng.choice(WORDS)}),
-    "read_mail": (['read the mail from "{sender}"', 'what did "{sender}" write'], None, None,
+    "read_mail": (['read the mail from "{sender}"', 'the mail from "{sender}", read it'], None, None,
                   lambda rng, app: {"sender": old(rng, app.inbox)}),
-    "delete_mail": (['delete the mail from "{sender}"', 'the mail from "{sender}" must go'], None, None,
+    "delete_mail": (['delete the mail from "{sender}"', 'the mail from "{sender}", delete it'], None, None,
                     lambda rng, app: {"sender": old(rng, app.inbox)}),
-    "pay_money": (['pay "{to}" {amount} coins', 'give {amount} coins to "{to}"'], 'pay "{to}"', "amount",
+    "pay_money": (['pay money to "{to}", {amount} coins', 'pay {amount} coins of money to "{to}"'], 'pay money to "{to}"', "amount",
                   lambda rng, app: {"to": rng.choice(PEOPLE), "amount": rng.randint(1, 9)}),
-    "check_balance": (["check my balance", "how much money do I have"], None, None, lambda rng, app: {}),
-    "add_item": (['add {amount} of "{name}" to the cart', 'put "{name}" in the cart, {amount} of it'],
-                 'add "{name}" to the cart', "amount",
+    "check_balance": (["check the balance", "the balance, check it"], None, None, lambda rng, app: {}),
+    "add_item": (['add the item "{name}", {amount} of it', 'add {amount} of the item "{name}"'], 'add the item "{name}"', "amount",
                  lambda rng, app: {"name": rng.choice(WORDS), "amount": rng.randint(1, 9)}),
-    "remove_item": (['take "{name}" out of the cart', 'remove "{name}" from the cart'], None, None,
+    "remove_item": (['remove the item "{name}"', 'the item "{name}", remove it'], None, None,
                     lambda rng, app: {"name": old(rng, app.cart)}),
-    "count_item": (['how many of "{name}" are in the cart', 'count "{name}" in the cart'], None, None,
+    "count_item": (['count the item "{name}"', 'the item "{name}", count it'], None, None,
                    lambda rng, app: {"name": old(rng, app.cart)}),
-    "send_item": (['send the item "{name}" to "{to}"', 'the item "{name}" must go to "{to}"'], 'send the item "{name}"', "to",
+    "send_item": (['send the item "{name}" to "{to}"', 'to "{to}" send the item "{name}"'], 'send the item "{name}"', "to",
                   lambda rng, app: {"name": new(rng, app.parcels, WORDS), "to": rng.choice(PEOPLE)}),
-    "check_item": (['check the item "{name}"', 'check where the item "{name}" is'], None, None,
+    "check_item": (['check the item "{name}"', 'the item "{name}", check it'], None, None,
                    lambda rng, app: {"name": old(rng, app.parcels)}),
-    "delete_item": (['delete the item "{name}"', 'the item "{name}" must go'], None, None,
+    "delete_item": (['delete the item "{name}"', 'the item "{name}", delete it'], None, None,
                     lambda rng, app: {"name": old(rng, app.parcels)}),
 }
 # Requests whose second call needs the first one's result: the reason why the loop is multi-STEP within a turn.
 CHAINS = [
-    (("files", "mail"), 'mail the text of the file "{name}" to "{to}"',
+    (("files", "mail"), 'read the file "{name}", then send a mail to "{to}" with its text',
      lambda rng, a: [("read_file", {"name": (n := old(rng, a["files"].files))}),
                      ("send_mail", {"to": rng.choice(PEOPLE), "text": a["files"].files[n]})]),
-    (("mail", "files"), 'save the mail from "{sender}" as the file "{name}"',
+    (("mail", "files"), 'read the mail from "{sender}", then create the file "{name}" with its text',
      lambda rng, a: [("read_mail", {"sender": (s := old(rng, a["mail"].inbox))}),
                      ("create_file", {"name": new(rng, a["files"].files, WORDS), "text": a["mail"].inbox[s]})]),
 ]

@@ -13,7 +13,7 @@ CHECK = write_calls([("check_balance", {})])
 
 def task():
     return Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
-        Turn("check my balance", [("check_balance", {})], "Done."), Turn("check my balance", [("check_balance", {})], "Done.")])
+        Turn("check the balance", [("check_balance", {})], "Done."), Turn("check the balance", [("check_balance", {})], "Done.")])
 
 
 class MockEngine:
@@ -45,7 +45,7 @@ def test_literal_tokens_and_mask(chat):
     call, done = chat.message(CHECK), chat.message("Done.")
     balance = str(Env(task()).apps["bank"].balance)
     result = tok(f"<tool_response>\n{balance}\n</tool_response>", add_special_tokens=False)["input_ids"]
-    ask = tok("check my balance", add_special_tokens=False)["input_ids"]
+    ask = tok("check the balance", add_special_tokens=False)["input_ids"]
     e = roll(chat, [call, done, call, done])
     prompt = e.ids[:e.spans[0].end]
     header, footer = [nl, start, user, nl], [end, nl, start, assistant, nl]
@@ -187,7 +187,7 @@ def test_engine_equals_plain_forward(model, chat):
     """Three turns of three conversations of different lengths (two share the prompt): every sampled token's
     log-probability equals that of a pass from scratch, so cache, masks, positions and slot swaps are right."""
     engine = HFEngine(model, {chat.end_id})
-    a, b = chat.prompt([{"role": "user", "content": "read"}]), chat.prompt([{"role": "user", "content": "check my balance now"}])
+    a, b = chat.prompt([{"role": "user", "content": "read"}]), chat.prompt([{"role": "user", "content": "check the balance now"}])
     talks = {0: list(a), 1: list(b), 2: list(a)}
     for turn in range(3):
         keys = [0, 1, 2] if turn < 2 else [2, 0]     # conversation 1 is over; the order may change
@@ -202,7 +202,7 @@ def test_engine_equals_plain_forward(model, chat):
 
 
 def test_greedy_is_argmax(model, chat):
-    ids = chat.prompt([{"role": "user", "content": "check my balance"}])
+    ids = chat.prompt([{"role": "user", "content": "check the balance"}])
     (out, _), = HFEngine(model, {chat.end_id}).generate([Request(0, ids, 12, (0,))], temperature=0.0)
     for token in out:
         with torch.no_grad():

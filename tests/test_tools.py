@@ -23,7 +23,7 @@ def two_turns(first_calls=True):
     """A literal task: turn 1 pays bob (or, with first_calls=False, nothing is right), turn 2 asks for the balance."""
     pay = [("pay_money", {"to": "bob", "amount": 5})] if first_calls else []
     return Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
-        Turn('pay "bob" 5 coins', pay, "Done."), Turn("check my balance", [("check_balance", {})], "It is.")])
+        Turn('pay "bob" 5 coins', pay, "Done."), Turn("check the balance", [("check_balance", {})], "It is.")])
 
 
 PAY = write_calls([("pay_money", {"to": "bob", "amount": 5})])
