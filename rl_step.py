@@ -15,7 +15,6 @@ import torch
 
 from sft_step import micro_batches, reduce_sum, token_logprobs
 
-LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 KLS = ("k1", "k2", "k3")
 
 
@@ -36,25 +35,50 @@ def advantages(rewards, group_ids, normalise=True):
     return out
 
 
-def policy_loss(logp, old, adv, row, lengths, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0):
-    """logp, old, adv [N] (new and sampled log-probabilities; each token's advantage), lengths [B] trained tokens per row
-    -> loss per token [N], share of clipped tokens [N].   The caller sums and divides (see `normaliser`)."""
+def clipped(ratio, adv, low, high):
+    """min(rho A, clip(rho) A): pessimistic, nothing is gained by leaving the trust region   [N]"""
+    return torch.min(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
+
+
+def grpo(logp, ratio, adv, low, high, c):
+    """Dual clip: for A < 0 and rho >> 1 the product rho A is unbounded, so it is capped at c A."""
+    objective = clipped(ratio, adv, low, high)
+    return -torch.where(adv < 0, torch.max(objective, c * adv), objective)
+
+
+def plain(logp, ratio, adv, low, high, c):
+    """PPO's clip. DAPO is this with clip-higher (train.py sets high = .28: rare tokens may grow faster)."""
+    return -clipped(ratio, adv, low, high)
+
+
+def cispo(logp, ratio, adv, low, high, c):
+    """Clip the WEIGHT and keep the gradient, so that no token is ever dropped: -sg(min(rho, 1 + e)) A log p"""
+    return -ratio.clamp(max=1 + high).detach() * adv * logp
+
+
+# Loss per token [N] from logp, ratio, adv [N] and the clip constants. A new loss is one more function here. What also
+# belongs to a variant: dr_grpo = advantages that are not divided by std, and a constant normaliser; gspo = one ratio per
+# sequence, and the mean over sequences (see policy_loss and normaliser).
+LOSSES = {"grpo": grpo, "dr_grpo": plain, "dapo": plain, "gspo": plain, "cispo": cispo}
+
+
+def policy_loss(logp, old, adv, row, lengths, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, shaped=None):
+    """logp, old, adv [N] (new and sampled log-probabilities; each token's advantage), lengths [B] trained tokens per row,
+    shaped [N] bool: tokens of ground truth whose ratio is replaced by p / (p + 0.1) (OPS as the paper intends: there is no
+    old policy to compare with, and unlikely tokens get the largest gradient)
+    -> loss per token [N], was it clipped [N].   The caller sums and divides (see `normaliser`)."""
     low, high = clip
-    log_ratio = (logp - old).clamp(-20, 20)
+    log_ratio = (logp - old).clamp(-20, 20)                          # the clamp keeps exp finite
     if loss == "gspo":   # one ratio per SEQUENCE: the geometric mean of its tokens' ratios, so that length does not matter
-        log_ratio = torch.zeros_like(lengths).index_add(0, row, log_ratio) / lengths                 # [B]
-        log_ratio = log_ratio[row]                                                                   # [N]
+        log_ratio = (torch.zeros_like(lengths).index_add(0, row, log_ratio) / lengths)[row]          # [B] -> [N]
     ratio = log_ratio.exp()                                          # rho = p_new / p_old
-    clipped = ratio.clamp(1 - low, 1 + high)
-    if loss == "cispo":  # clip the WEIGHT, keep the gradient: no token is ever dropped   -sg(min(rho, 1 + e)) A log p
-        return -ratio.clamp(max=1 + high).detach() * adv * logp, (ratio > 1 + high).float()
-    surrogate = torch.min(ratio * adv, clipped * adv)                # pessimistic: no gain from leaving the trust region
-    if loss == "grpo":   # dual clip: for A < 0 and rho >> 1 the product is unbounded; cap it at c A
-        surrogate = torch.where(adv < 0, torch.max(surrogate, dual_clip * adv), surrogate)
-    loss_t = -surrogate                                              # [N]
-    if loss == "gspo":   # mean over tokens within a sequence; the caller then averages over sequences
+    if shaped is not None:
+        ratio = torch.where(shaped, logp.exp() / (logp.exp() + 0.1), ratio)
+    loss_t = LOSSES[loss](logp, ratio, adv, low, high, dual_clip)    # [N]
+    if loss == "gspo":   # mean over the tokens of a sequence; the caller then averages over sequences
         loss_t = loss_t / lengths[row]
-    return loss_t, (surrogate != ratio * adv).float()
+    outside = torch.where(adv > 0, ratio > 1 + high, ratio < 1 - low)
+    return loss_t, outside.float()
 
 
 def normaliser(loss, n_tokens, n_rows, max_tokens):
@@ -78,27 +102,47 @@ def kl_penalty(logp, ref, kind="k3"):
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
+@torch.no_grad()
+def recompute_logprobs(model, rows, micro_tokens=16_384):
+    """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
+    re-encoded text). The ratio then starts at 1. -> mean over tokens of (old value - new value): for hinted rows the log
+    ratio p(token | hint) / p(token | no hint) that the update ignores."""
+    gap, n = 0.0, 0
+    for batch in micro_batches(rows, micro_tokens):
+        logp, _, _ = token_logprobs(model, batch)
+        values = iter(logp.tolist())
+        for r in batch:
+            before = sum(r.logprobs)
+            r.logprobs = [next(values) if m else 0.0 for m in r.mask]
+            gap, n = gap + before - sum(r.logprobs), n + sum(r.mask)
+    return gap / max(n, 1)
+
+
 def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, kl="k3", kl_weight=0.0, reference=None,
-                weight=1.0, micro_tokens=16_384, max_tokens=2048):
-    """Adds the gradient of  weight * sum(policy loss) / n + kl_weight * sum(KL) / n_tokens  to .grad.
+                shaped=False, masked_ids=(), micro_tokens=16_384, max_tokens=2048):
+    """Adds the gradient of  sum(policy loss) / n + kl_weight * sum(KL) / n_tokens  to .grad.
 
     rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no policy
     gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the count n, otherwise the
-    step size would depend on how many groups happened to be mixed."""
+    step size would depend on how many groups happened to be mixed.
+    shaped: ground-truth rows use the shaped ratio. masked_ids: tokens that a NEGATIVE advantage does not push."""
     device = model.device
     n_tokens, n_rows = reduce_sum([sum(sum(r.mask) for r in rows), len(rows)], device)
     n = normaliser(loss, n_tokens, n_rows, max_tokens)
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
-    # sums over tokens:   loss, clipped, entropy, |log-prob gap|, approx. KL to the sampler, KL to the reference, tokens
     sums = torch.zeros(7, dtype=torch.float64)
     for batch in micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)):
         batch_rows = [r for r, _ in batch]
         logp, entropy, row = token_logprobs(model, batch_rows)                                       # [N] each
         old = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)   # [N]
         a = torch.tensor([a for _, a in batch], device=device)[row]                                  # [N]
+        if masked_ids:
+            target = torch.tensor([t for r in batch_rows for t, m in zip(r.ids, r.mask) if m], device=device)   # [N]
+            a = torch.where((a < 0) & torch.isin(target, torch.tensor(masked_ids, device=device)), 0.0, a)
+        truth = torch.tensor([r.source == "truth" for r in batch_rows], device=device)[row] if shaped else None  # [N]
         lengths = torch.tensor([float(sum(r.mask)) for r in batch_rows], device=device)              # [B]
-        loss_t, was_clipped = policy_loss(logp, old, a, row, lengths, loss, clip, dual_clip)         # [N]
-        total = weight * loss_t.sum() / n
+        loss_t, was_clipped = policy_loss(logp, old, a, row, lengths, loss, clip, dual_clip, truth)  # [N]
+        total = loss_t.sum() / n
         kl_t = torch.zeros_like(logp)
         if kl_weight > 0:
             with torch.no_grad():
@@ -110,7 +154,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
             sums += torch.stack([total, was_clipped.sum(), entropy.sum(), (logp - old).abs().sum(),
                                  kl_penalty(logp, old).sum(), kl_t.sum(), torch.tensor(float(len(logp)), device=device)]
                                 ).double().cpu()
-    sums = reduce_sum(sums.tolist(), device)
-    m = max(sums[6], 1.0)
-    return {"loss": sums[0], "clip_frac": sums[1] / m, "entropy": sums[2] / m, "gap": sums[3] / m, "kl_sampler": sums[4] / m,
-            "kl_ref": sums[5] / m, "rl_tokens": sums[6], "tokens": n_tokens}
+    total, was_clipped, entropy, gap, kl_sampler, kl_ref, tokens = reduce_sum(sums.tolist(), device)
+    m = max(tokens, 1.0)
+    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / m,
+            "kl_sampler": kl_sampler / m, "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens}

@@ -21,11 +21,12 @@ from tools import CLOSE, OPEN, UserError, parse
 
 @dataclass
 class Span:
-    """Tokens [start, end) of an episode. who: "prompt" | "model" | "world" (tool results, further user turns)."""
+    """Tokens [start, end) of an episode. who: "prompt" | "model" | "tool" (results) | "user" (further user turns)."""
     start: int
     end: int
     who: str
     turn: int                                    # the user turn that it belongs to
+    text: str = ""                               # what was said, without the template around it
     state: str = ""                              # of a model span: one of tools.STATES
 
 
@@ -37,7 +38,7 @@ class Episode:
       ids        [1, 44, 9, 87,        ... 45, 9,        5, 9, ... 2,                9, 1, 44, ...        45, 9,        61, 30, 2 ]
       mask       [0, 0,  0, 0,         ... 0,  0,        1, 1, ... 1,                0, 0, 0,  ...        0,  0,        1,  1,  1 ]
       logprobs   [0, 0,  0, 0,         ... 0,  0,      -.1, 0, ... -.01,             0, 0, 0,  ...        0,  0,      -.3, -.1, -.02]
-      spans      [prompt                          ] [model, state="call"        ] [world                         ] [model, "reply"]
+      spans      [prompt                          ] [model, state="call"        ] [tool                          ] [model, "reply"]
 
     mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing ids: the end token
     that the model sampled is inside, one that the code had to add is not."""
@@ -52,11 +53,12 @@ class Episode:
     reward: float = 0.0
     status: str = ""                             # finished | format_error | message_limit | step_limit | length_limit
     failed_turn: int | None = None
+    weight: float = 1.0                          # of its cross-entropy, where it is trained as a demonstration
 
-    def append(self, ids, who, turn, logprobs=None, state=""):
+    def append(self, ids, who, turn, logprobs=None, text="", state=""):
         logprobs = [0.0] * len(ids) if logprobs is None else logprobs
         assert len(logprobs) == len(ids), (len(logprobs), len(ids))
-        self.spans.append(Span(len(self.ids), len(self.ids) + len(ids), who, turn, state))
+        self.spans.append(Span(len(self.ids), len(self.ids) + len(ids), who, turn, text, state))
         self.ids += ids
         self.mask += [int(who == "model")] * len(ids)
         self.logprobs += logprobs
@@ -318,7 +320,7 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     ended = ids[-1] in chat.stop_ids
     message = parse(chat.text(text_ids), env.syntax, ended)
     turn = env.turn
-    episode.append(ids, "model", turn, logprobs, message.state)
+    episode.append(ids, "model", turn, logprobs, message.text, message.state)
     if not ended and len(episode.ids) >= limits.total:
         env.stop("length_limit")
         return
@@ -331,7 +333,7 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     elif len(episode.states) >= limits.steps:
         env.stop("step_limit")
     else:
-        episode.append(ids, "world", env.turn)
+        episode.append(ids, "tool" if env.turn == turn else "user", env.turn, text=answer)
 
 
 def _finish(episode, env):
@@ -340,17 +342,21 @@ def _finish(episode, env):
     return episode
 
 
-def rollout(engine, chat, envs, limits, group_ids, samples, seed=(0,), temperature=1.0):
-    """Environments -> finished Episodes, in the same order. All live conversations of the batch advance together: one
-    `generate` call makes the next message of each.
+def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
+    """-> an Episode that holds the prompt. hint: text at the end of the system message."""
+    messages = env.opening()
+    if hint:
+        messages[0]["content"] += f"\n\n{hint}"
+    episode = Episode(env.task.id, group_id, sample, source)
+    episode.append(chat.prompt(messages), "prompt", 0, text=messages[-1]["content"])
+    return episode
 
-    rollout(engine, chat, [Env(task), Env(task)], limits, group_ids=[7, 7], samples=[0, 1], seed=(0, step))"""
-    episodes = []
-    for env, group_id, sample in zip(envs, group_ids, samples, strict=True):
-        episode = Episode(env.task.id, group_id, sample)
-        episode.append(chat.prompt(env.opening()), "prompt", 0)
-        assert len(episode.ids) < limits.total, f"{env.task.id}: the prompt fills limits.total = {limits.total}"
-        episodes.append(episode)
+
+def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
+    """Environments and begun Episodes -> the same Episodes, finished. All live conversations of the batch advance together:
+    one `generate` call makes the next message of each."""
+    for e in episodes:
+        assert len(e.ids) < limits.total, f"{e.task_id}: the prompt fills limits.total = {limits.total}"
     engine.reset()
     while live := [i for i, env in enumerate(envs) if env.status is None]:
         requests = []
@@ -361,15 +367,14 @@ def rollout(engine, chat, envs, limits, group_ids, samples, seed=(0,), temperatu
         for i, (ids, logprobs) in zip(live, engine.generate(requests, temperature), strict=True):
             _advance(episodes[i], envs[i], chat, ids, logprobs, limits)
     engine.reset()                               # the cache holds keys of the old weights; nobody may use it again
-    return [_finish(episode, env) for episode, env in zip(episodes, envs)]
+    return [_finish(episode, env) for episode, env in zip(episodes, envs, strict=True)]
 
 
-def play(chat, env, script, limits, group_id=-1, source="truth"):
+def play(chat, env, script, limits, group_id=-1, sample=0):
     """The same loop with messages written by somebody else: script[user turn] = ["<tool_call>...", "Done."]. The
     environment is live, so the tool results are real. If a turn needs more messages than its script has, the last one
     is repeated; if it ends early (a malformed message ends it), the rest of its script is skipped."""
-    episode, turn, k = Episode(env.task.id, group_id, source=source), -1, 0
-    episode.append(chat.prompt(env.opening()), "prompt", 0)
+    episode, turn, k = begin(chat, env, group_id, sample, source="truth"), -1, 0
     while env.status is None:
         turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
         ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])
@@ -378,7 +383,32 @@ def play(chat, env, script, limits, group_id=-1, source="truth"):
 
 
 def transcript(chat, episode):
-    """For reading: one line per span, the model's with their state.
+    """For reading: one paragraph per span, the model's with their state.
     'model[call]  <tool_call>...<|im_end|>' """
     return "\n".join(f"{s.who}{f'[{s.state}]' if s.state else ''}  {chat.text(episode.ids[s.start:s.end])}"
                      for s in episode.spans)
+
+
+def _copy_with(episode, spans):
+    """The same episode with other ids: spans = [(ids, logprobs or None)], one pair per span."""
+    new = Episode(episode.task_id, episode.group_id, episode.sample, episode.source, reward=episode.reward,
+                  status=episode.status, failed_turn=episode.failed_turn)
+    for s, (ids, logprobs) in zip(episode.spans, spans, strict=True):
+        new.append(ids, s.who, s.turn, logprobs, s.text, s.state)
+    return new
+
+
+def without_hint(chat, episode, env):
+    """HBG: the same messages behind the prompt that has no hint. The log-probabilities stay those of the hinted sampler."""
+    parts = [(episode.ids[s.start:s.end], episode.logprobs[s.start:s.end]) for s in episode.spans]
+    return _copy_with(episode, [(chat.prompt(env.opening()), None), *parts[1:]])
+
+
+def retokenized(chat, episode):
+    """What the paper's release trains on: every message decoded without special tokens, an end token appended, encoded
+    again. Sampled stray special tokens vanish; a message that the limit cut trains an end token that nobody sampled."""
+    parts = []
+    for s in episode.spans:
+        ids = episode.ids[s.start:s.end]
+        parts.append((chat.message(chat.tokenizer.decode(ids, skip_special_tokens=True)) if s.who == "model" else ids, None))
+    return _copy_with(episode, parts)

@@ -73,13 +73,14 @@ def token_logprobs(model, rows, chunk=2048):
 
 
 def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
-    """Adds the gradient of  weight * -sum log p(token) / n  to .grad; n = trained tokens over all ranks.
+    """Adds the gradient of  weight * -sum row_weight log p(token) / n  to .grad; n = trained tokens over all ranks.
     Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool says."""
     n, = reduce_sum([sum(sum(r.mask) for r in rows)], model.device)
     total = 0.0
     for batch in micro_batches(rows, micro_tokens):
-        logp, _, _ = token_logprobs(model, batch)                    # [N]
-        loss = -weight * logp.sum() / n
+        logp, _, row = token_logprobs(model, batch)                  # [N]
+        row_weight = torch.tensor([r.weight for r in batch], device=model.device)[row]               # [N]
+        loss = -weight * (row_weight * logp).sum() / n
         loss.backward()
         total += loss.item()
     return {"sft_loss": reduce_sum([total], model.device)[0], "sft_tokens": n}

@@ -431,7 +431,7 @@ CHAINS = [
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")  # BFCL's; long_context is for evaluation only
 
 
-def _ask(rng, apps, tools):
+def ask(rng, apps, tools):
     """-> (phrase, [(tool, args)]) for one thing that the user can ask for now."""
     for tool in rng.sample(tools, len(tools)):
         try:
@@ -454,11 +454,11 @@ def _make_task(rng, category, task_id, held_out):
     for request in range(n_requests):
         reveal = []
         if request == special and hidden:                          # the tool is not there: no call; then it is revealed
-            phrase, calls = _ask(rng, apps, [hidden])
+            phrase, calls = ask(rng, apps, [hidden])
             task.turns.append(Turn(phrase, [], "I have no tool for that."))
             user, reveal = f"You can now call\n{DOCS[TOOL_APP[hidden]][hidden]}", [hidden]
         elif request == special:                                   # a value is not there: no call; then it is supplied
-            _, calls = _ask(rng, apps, [tool for tool in tools if ASKS[tool][1]])
+            _, calls = ask(rng, apps, [tool for tool in tools if ASKS[tool][1]])
             (tool, args), = calls
             _, vague, lacks, _ = ASKS[tool]
             task.turns.append(Turn(vague.format(**args), [], f"What is the {lacks}?"))
@@ -468,11 +468,11 @@ def _make_task(rng, category, task_id, held_out):
             calls = sample(rng, apps)
             user = phrase.format(**(calls[0][1] | calls[1][1]))
         else:
-            user, calls = _ask(rng, apps, [tool for tool in tools if tool != hidden or request > special])
+            user, calls = ask(rng, apps, [tool for tool in tools if tool != hidden or request > special])
         play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]
         results = play(calls)
         if request != special and rng.random() < 0.25:             # two requests in one message
-            phrase, more = _ask(rng, apps, [tool for tool in tools if tool != hidden or request > special])
+            phrase, more = ask(rng, apps, [tool for tool in tools if tool != hidden or request > special])
             user, calls, results = f"{user}, then {phrase}", calls + more, results + play(more)
         answers = calls[-1][0].startswith(("read", "check", "count"))
         task.turns.append(Turn(user, calls, f'It is "{results[-1]}".' if answers else "Done.", reveal))

@@ -1,16 +1,17 @@
-"""train.py -- the run: flags, model, schedule, main loop, evaluation, checkpoints. Floor 4; the only script to start.
+"""train.py -- the run: flags, schedule, main loop, evaluation, checkpoints. Floor 4; the only script to start.
 
-    python train.py                                             the default: vanilla GRPO on a laptop, about N minutes
-    python train.py --signal sft --schedule sft_then_rl         SFT on demonstrations, then GRPO
+    python train.py                                             vanilla GRPO on a laptop
+    python train.py --signal ets --schedule interleaved         GRPO with SFT on failed tasks between its phases
     python train.py --eval_only --model runs/NAME               evaluate the newest checkpoint of a run
     torchrun --nproc-per-node 2 train.py                        the same numbers from 2 processes
 
 One pass through the main loop is the paper's algorithm:
 
     pick prompts -> roll out G conversations each -> reward -> group advantages -> a few policy updates
-    (or, as the schedule says: pick demonstrations -> one cross-entropy update)
+    and, as the schedule says: pick rows of the signal -> cross-entropy updates
 """
 import argparse
+import inspect
 import json
 import math
 import os
@@ -24,19 +25,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
+import supervision
 import tools
-from rl_step import KLS, LOSSES, advantages, rl_backward
-from rollout import Chat, HFEngine, Limits, play, rollout, transcript
+from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
+from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
-from tools import CATEGORIES, CONTROL, STATES, Env, UserError, demonstration, make_tasks, noisy_demonstration
+from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, pretrain_tiny, roll_out
+from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
 
-TRAIN_CATEGORIES = [c for c in CATEGORIES if c != "long_context"]    # long_context is for evaluation only, as in the paper
-SCHEDULES = ("rl", "sft", "sft_then_rl")
+SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Flags. Flag name = variable name; the defaults are the laptop recipe.
@@ -46,12 +47,44 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("recipe")
-    g.add_argument("--signal", choices=("none", "sft"), default="none",
-                   help="supervision beside the reward: none = vanilla GRPO; sft = ground-truth demonstrations")
+    g.add_argument("--signal", choices=SIGNALS, default="none", help="supervision beside the reward (see supervision.py): none = "
+                   "vanilla GRPO, sft = demonstrations, ops = ground truth in the group, hbg = hints, ets = ground truth of "
+                   "failed tasks, prs = ets + reflections")
     g.add_argument("--schedule", choices=SCHEDULES, default="rl", help="when which update runs (see `what`)")
     g.add_argument("--steps", type=int, default=100, help="RL steps")
     g.add_argument("--sft_steps", type=int, default=30, help="SFT steps of the schedules sft and sft_then_rl")
     g.add_argument("--seed", type=int, default=0, help="seed of the task order and of all sampling")
+    g = p.add_argument_group("schedules interleaved and synchronous")
+    g.add_argument("--phases", default="1:2:3", help="interleaved: the RL phases' shares of --steps; an SFT phase stands between "
+                   "each two (the paper: 50, 100, 150 steps; Qwen3: 1:1:2)")
+    g.add_argument("--sft_epochs", type=int, default=2, help="interleaved: passes over the rows in each SFT phase")
+    g.add_argument("--sft_warmup", type=float, default=0.3, help="interleaved: share of an SFT phase that warms up; then cosine")
+    g.add_argument("--sft_weight", type=float, default=1.0, help="synchronous: weight of the cross-entropy in the RL update")
+    g.add_argument("--fresh_optimizer", action="store_true", help="forget Adam's state at every change of phase (the paper)")
+    g.add_argument("--reanchor_kl", action="store_true", help="each RL phase measures its KL from its own start (the paper)")
+    g.add_argument("--rewarm", action="store_true", help="warm up again after every change of phase (the paper)")
+    g = p.add_argument_group("signals")
+    g.add_argument("--ops_k", type=int, default=1, help="ops: ground-truth rollouts per group")
+    g.add_argument("--ops_ratio", choices=("one", "shaped"), default="one", help="ops: their ratio is 1 before the first update "
+                   "(as released), or p / (p + 0.1) (as the paper intends)")
+    g.add_argument("--hints", type=int, default=2, help="hbg: hinted rollouts per group")
+    g.add_argument("--hint_in_update", action="store_true", help="hbg: keep the hint in the trained sequence too")
+    g.add_argument("--ets_window", type=int, default=10, help="ets, prs: RL steps that are looked back upon")
+    g.add_argument("--ets_rule", choices=("all", "any"), default="all", help="ets, prs: a task failed if all its rollouts in the "
+                   "window did (the paper), or if any did (the paper's code)")
+    g.add_argument("--judge_url", default=None, help="prs: base URL of an OpenAI-compatible server, such as "
+                   "http://localhost:8000/v1; without it the embedded judge writes the reflections from the ground truth")
+    g.add_argument("--judge_model", default="judge", help="prs: model name at that server; key: environment JUDGE_API_KEY")
+    g.add_argument("--judge_workers", type=int, default=16, help="prs: concurrent requests")
+    g.add_argument("--judge_timeout", type=float, default=120.0, help="prs: seconds per request")
+    g.add_argument("--judge_retries", type=int, default=4, help="prs: further attempts per request, with growing pauses")
+    g.add_argument("--judge_cache", default="runs/judge-cache", help="prs: where answers are kept; nothing is asked twice")
+    g = p.add_argument_group("ablations, each doing one thing")
+    g.add_argument("--retokenize", action="store_true", help="train on decoded and re-encoded messages with an end token added to "
+                   "each, as the paper's release does")
+    g.add_argument("--split_groups", action="store_true", help="spread each group over the mini-batches of a step (as released)")
+    g.add_argument("--only", choices=("positive", "negative"), default=None, help="use only the advantages of one sign")
+    g.add_argument("--mask_control", action="store_true", help="a negative advantage does not push control tokens")
     g = p.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny = the embedded model (built and pre-trained at first use, then "
                    "cached); or a Hugging Face name or folder; or a run folder (its newest checkpoint)")
@@ -94,9 +127,9 @@ def parse_args(argv=None):
     g = p.add_argument_group("embedded model (--model tiny)")
     g.add_argument("--tiny_hidden", type=int, default=128, help="hidden size, a multiple of 32 (heads have 32 dimensions)")
     g.add_argument("--tiny_layers", type=int, default=3, help="decoder layers")
-    g.add_argument("--base_steps", type=int, default=400, help="pre-training steps on clean demonstrations")
-    g.add_argument("--base_noisy_steps", type=int, default=100, help="then steps on demonstrations with mistakes")
-    g.add_argument("--base_wrong", type=float, default=0.4, help="there: probability that a call is wrong")
+    g.add_argument("--base_steps", type=int, default=500, help="pre-training steps on clean demonstrations")
+    g.add_argument("--base_noisy_steps", type=int, default=120, help="then steps on demonstrations with mistakes")
+    g.add_argument("--base_wrong", type=float, default=0.75, help="there: probability that a call is wrong")
     g.add_argument("--base_malformed", type=float, default=0.04, help="there: probability that a message is malformed")
     g.add_argument("--base_seed", type=int, default=0, help="seed of initialisation and pre-training")
     g = p.add_argument_group("run")
@@ -112,23 +145,39 @@ def parse_args(argv=None):
     # Flags that cannot work are refused here, before anything is built or written.
     for name, least in dict(prompts=1, group=2, updates=1, train_tasks=3, eval_tasks=1, max_messages=1, max_message_tokens=1,
                             max_total_tokens=2, max_observation_tokens=1, sft_batch=1, micro_tokens=1, warmup=1, tiny_layers=1,
-                            steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0,
-                            sft_lr=0).items():
-        if not getattr(a, name) >= least:                            # `not >=` also refuses nan
+                            steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0, sft_lr=0,
+                            sft_epochs=1, sft_weight=0, ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0,
+                            clip_low=0, clip_high=0, dual_clip=1, max_grad_norm=0).items():
+        if getattr(a, name) is not None and not getattr(a, name) >= least:      # `not >=` also refuses nan
             p.error(f"--{name} {getattr(a, name)} must be at least {least}")
     for name in ("eval_every", "save_every", "keep", "threads"):
         if getattr(a, name) == 0 or getattr(a, name) < -1:
             p.error(f"--{name} {getattr(a, name)} must be -1 or at least 1")
-    for name in ("base_wrong", "base_malformed"):
+    for name in ("base_wrong", "base_malformed", "sft_warmup"):
         if not 0 <= getattr(a, name) <= 1:
             p.error(f"--{name} {getattr(a, name)} must lie between 0 and 1")
     if a.tiny_hidden < 32 or a.tiny_hidden % 32:
         p.error(f"--tiny_hidden {a.tiny_hidden} must be a multiple of 32")
-    if a.updates > a.prompts:
-        p.error(f"--updates {a.updates} is more than --prompts {a.prompts}, and a group is never split; lower --updates")
-    if (a.signal == "sft") != (a.schedule in ("sft", "sft_then_rl")):
-        p.error(f"--signal {a.signal} does not go with --schedule {a.schedule}; use --signal none --schedule rl, or "
-                "--signal sft with --schedule sft or sft_then_rl")
+    if a.updates > (a.group if a.split_groups else a.prompts):
+        p.error(f"--updates {a.updates} is more than " + (f"--group {a.group}" if a.split_groups else f"--prompts {a.prompts}, "
+                "and a group is never split") + "; lower --updates")
+    if a.schedule not in SIGNALS[a.signal].schedules and not a.eval_only:
+        p.error(f"--signal {a.signal} does not go with --schedule {a.schedule}; it goes with "
+                + ", ".join(f"--schedule {s}" for s in SIGNALS[a.signal].schedules))
+    for name, signal in (("ops_k", "ops"), ("hints", "hbg")):
+        if a.signal == signal and getattr(a, name) >= a.group:
+            p.error(f"--{name} {getattr(a, name)} leaves no rollout of the policy in a --group of {a.group}; lower it")
+    if not all(part.isdigit() and int(part) > 0 for part in a.phases.split(":")):
+        p.error(f"--phases {a.phases} must be shares such as 1:2:3")
+    if a.schedule == "interleaved" and min(phases(a)) < 1:
+        p.error(f"--phases {a.phases} of --steps {a.steps} has a phase without a step; raise --steps")
+    if a.schedule == "interleaved" and a.signal in ("ets", "prs") and a.ets_window > min(phases(a)[:-1], default=a.ets_window):
+        p.error(f"--ets_window {a.ets_window} is longer than the shortest RL phase before an SFT phase "
+                f"({min(phases(a)[:-1])} steps); lower it, or raise --steps")
+    if a.signal == "prs" and a.group < 2:
+        p.error("prs reflects on rollout 1 of each group, so --group must be at least 2")
+    if a.reanchor_kl and not a.kl_weight:
+        p.error("--reanchor_kl needs a --kl_weight above 0")
     if a.resume and a.eval_only:
         p.error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
     a.advantage = a.advantage or ("mean" if a.loss == "dr_grpo" else "std")
@@ -139,13 +188,37 @@ def parse_args(argv=None):
     return a
 
 
+def phases(a):
+    """--phases 1:2:3 --steps 100 -> [17, 33, 50]: the RL phases' lengths, which add up to --steps"""
+    shares = [int(part) for part in a.phases.split(":")]
+    ends = [round(a.steps * sum(shares[:i + 1]) / sum(shares)) for i in range(len(shares))]
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
 def what(step, a):
-    """The schedule, a function of the step: which parts does step number `step` (from 0) have?"""
-    return {"rl": ("rl",), "sft": ("sft",), "sft_then_rl": ("sft",) if step < a.sft_steps else ("rl",)}[a.schedule]
+    """The schedule, a function of the step: the parts that step number `step` (from 0) has.
+
+      "rl"      rollouts and policy updates
+      "sft"     cross-entropy on a batch of the signal's rows; beside "rl" it is one more term of the same updates
+      "phase"   a whole SFT phase: --sft_epochs passes over the rows that the signal has now
+
+    rl           rl rl rl rl ...                     interleaved  rl rl phase rl rl rl rl phase rl rl rl rl rl rl
+    sft_then_rl  sft sft sft rl rl rl ...            synchronous  rl+sft rl+sft rl+sft ..."""
+    if a.schedule == "interleaved":
+        for length in phases(a):
+            if step < length:
+                return ("rl",)
+            if step == length:
+                return ("phase",)
+            step -= length + 1
+    if a.schedule == "sft_then_rl":
+        return ("sft",) if step < a.sft_steps else ("rl",)
+    return {"rl": ("rl",), "sft": ("sft",), "synchronous": ("rl", "sft")}[a.schedule]
 
 
 def total_steps(a):
-    return {"rl": a.steps, "sft": a.sft_steps, "sft_then_rl": a.sft_steps + a.steps}[a.schedule]
+    return {"sft": a.sft_steps, "sft_then_rl": a.sft_steps + a.steps,
+            "interleaved": a.steps + len(phases(a)) - 1}.get(a.schedule, a.steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,89 +265,7 @@ def rank0_first(rank, make):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The embedded model: a tokenizer and a Qwen2 decoder made from nothing, pre-trained with sft_step.
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def tiny_tokenizer():
-    """The real Qwen2 tokenizer class with a small vocabulary: every word of the world is one token, all other text falls
-    apart into smaller pieces, at worst single bytes. Lossless; control tokens are one id each, as in Qwen2.5.
-    '{"name": "read_file"}' -> ['{"', 'name', '":', ' "', 'read', '_file', '"}']
-
-    (It must BE that class: AutoTokenizer and vLLM choose the class by the model's type, and any other would be rebuilt
-    with Qwen2's splitting rule when the checkpoint is loaded, silently.)"""
-    texts = ["system\nuser\nassistant\n"]
-    for category in TRAIN_CATEGORIES:
-        for task in make_tasks("train", category, 300) + make_tasks("train", category, 300, held_out=True):
-            for syntax in "AB":
-                texts += [m["content"] for m in Env(task, syntax).opening()] + [turn.user for turn in task.turns]
-                texts += sum(demonstration(task, syntax), [])
-    pre = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    words = set()
-    for text in texts:
-        for token in CONTROL:
-            text = text.replace(token, "")
-        words |= {word for word, _ in pre.pre_tokenize_str(text)}
-    bpe = Tokenizer(models.BPE())
-    bpe.train_from_iterator(sorted(words), trainers.BpeTrainer(           # no size limit in reach: merges until words are whole
-        vocab_size=10_000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe = json.loads(bpe.to_str())["model"]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    added = [token for token in CONTROL if token not in special]          # not "special": they survive skip_special_tokens
-    vocab = {token: i for i, token in enumerate([*special, *added, *bpe["vocab"]])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[tuple(pair) for pair in bpe["merges"]], eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def tiny_model(vocab_size, a):
-    torch.manual_seed(a.base_seed)
-    heads = a.tiny_hidden // 32
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=a.tiny_hidden, intermediate_size=3 * a.tiny_hidden, num_hidden_layers=a.tiny_layers,
-        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, max_position_embeddings=4096,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=2, pad_token_id=0))
-
-
-def demonstrations(chat, n, seed, wrong=0.0, malformed=0.0):
-    """n Episodes in both syntaxes, played through the live world; wrong, malformed: shares of mistakes (tools.py)."""
-    rng, limits, rows = random.Random(f"demonstrations {seed}"), Limits(20, 1024, 1024, 256), []
-    stories = [task for c in TRAIN_CATEGORIES for task in make_tasks("train", c, -(-n // 3), seed=seed)]
-    for i, task in enumerate(tqdm(rng.sample(stories, n), desc="demonstrations", leave=False, disable=None)):
-        syntax = "AB"[i % 2]
-        script = noisy_demonstration(task, syntax, rng, wrong, malformed)
-        rows.append(play(chat, Env(task, syntax), script, limits))
-    return rows
-
-
-def build_base(a, path):
-    """Pre-train the embedded model: an ordinary SFT run in three stages, about 3 minutes on two cores.
-
-      short   clean demonstrations of at most 170 tokens: copying a value from the request into a call is learnt here,
-              twice as fast as on the full mixture
-      full    clean demonstrations of every length
-      noisy   some calls wrong, a few messages malformed: sets the start success, and gives the malformed messages a small
-              probability, as any real model does. Without them there is nothing for RL to (mis)credit."""
-    tokenizer = tiny_tokenizer()
-    chat, model = Chat(tokenizer), tiny_model(len(tokenizer), a)
-    clean = demonstrations(chat, min(6000, 32 * a.base_steps), f"clean {a.base_seed}")
-    noisy = demonstrations(chat, 32 * a.base_noisy_steps, f"noisy {a.base_seed}", a.base_wrong, a.base_malformed)
-    short = [row for row in clean if len(row.ids) <= 170]
-    total, batch, peak = a.base_steps + a.base_noisy_steps, 32, 3e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
-    bar = tqdm(range(total), desc=f"pre-training the embedded model (once; kept in {path})", disable=None)
-    for step in bar:
-        rows = noisy if step >= a.base_steps else clean if step >= 0.7 * a.base_steps else short
-        rows = [rows[(step * batch + i) % len(rows)] for i in range(batch)]
-        for group in optimizer.param_groups:                         # warm-up over 50 steps, then cosine to 10 %
-            group["lr"] = peak * min(1, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / total)))
-        metrics = sft_backward(model, rows, micro_tokens=8192)
-        optimizer_step(model, optimizer, max_norm=1.0, loss=metrics["sft_loss"])
-        bar.set_postfix(loss=f"{metrics['sft_loss']:.3f}")
-    publish(path, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
+# 3. The model
 
 
 def load_policy(a, rank, device):
@@ -282,12 +273,18 @@ def load_policy(a, rank, device):
     name = a.model
     if name == "tiny":
         recipe = {k: v for k, v in vars(a).items() if k.startswith(("tiny_", "base_"))}
-        key = json.dumps(recipe, sort_keys=True) + Path(tools.__file__).read_text()    # another world needs another base
-        name = f"runs/tiny-base-{zlib.crc32(key.encode()):08x}"
-        rank0_first(rank, lambda: None if Path(name).exists() else build_base(a, name))
+        source = inspect.getsource(tools) + "".join(inspect.getsource(f) for f in (     # another world needs another base
+            supervision.tiny_tokenizer, supervision.tiny_model, supervision.noisy_demonstrations, pretrain_tiny))
+        name = f"runs/tiny-base-{zlib.crc32((json.dumps(recipe, sort_keys=True) + source).encode()):08x}"
+        rank0_first(rank, lambda: None if Path(name).exists() else build_tiny(a, name))
     elif (Path(name) / "checkpoints" / "latest").exists():
         name = str(newest_checkpoint(name))
     return *load_model(name, a, device), name
+
+
+def build_tiny(a, path):
+    model, tokenizer = pretrain_tiny(a)
+    publish(path, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
 
 
 def load_model(name, a, device):
@@ -353,14 +350,13 @@ def newest_checkpoint(out):
     return path
 
 
-def save_checkpoint(out, step, model, tokenizer, optimizer, counters, keep):
+def save_checkpoint(out, step, model, tokenizer, state, keep):
     folder = Path(out) / "checkpoints"
 
     def write(tmp):
         model.save_pretrained(tmp)
         tokenizer.save_pretrained(tmp)
-        torch.save({"step": step, "counters": counters, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()},
-                   tmp / "state.pt")
+        torch.save(state, tmp / "state.pt")
     publish(folder / f"step-{step}", write)
     write_atomically(folder / "latest", f"step-{step}")
     steps = sorted((int(p.name[5:]) for p in folder.glob("step-*")), reverse=True)
@@ -369,7 +365,8 @@ def save_checkpoint(out, step, model, tokenizer, optimizer, counters, keep):
 
 
 # What may differ between a run and its resumption: nothing that changes a number.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "device", "micro_tokens", "eval_only"}
+FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "device", "micro_tokens", "eval_only",
+                  "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
 
 
 def check_run(a):
@@ -421,8 +418,9 @@ def evaluation_sets(a):
 def evaluate(model, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "average": .10, "content_ood": .02, "format_ood": .2, "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
-    episodes = rollout(HFEngine(model, chat.stop_ids), chat, [env for _, env in work], limits_of(a),
-                       range(len(work)), [0] * len(work), temperature=0.0)
+    envs = [env for _, env in work]
+    episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
+                       temperature=0.0)
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
@@ -475,6 +473,7 @@ def main(argv=None):
         say("model: the embedded one (the first run pre-trains it and keeps it under runs/)")
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
+    control_ids = [i for i in range(len(chat.tokenizer)) if chat.tokenizer.convert_ids_to_tokens(i) in CONTROL]
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
     sets = evaluation_sets(a)
     if a.eval_only:
@@ -484,99 +483,145 @@ def main(argv=None):
             Path(a.out).mkdir(parents=True, exist_ok=True)
             write_atomically(Path(a.out) / "eval.json", json.dumps(scores, indent=1))
         return
+    if a.judge_url and a.signal == "prs":
+        rank0_first(rank, lambda: Judge(a).check())
     reference = load_model(start_from, a, device)[0].eval().requires_grad_(False) if a.kl_weight > 0 else None
     if checkpoint:
         model, chat = load_model(checkpoint, a, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
 
-    # ---- data -------------------------------------------------------------------------------------------------------
-    limits = limits_of(a)
+    # ---- data and signal --------------------------------------------------------------------------------------------
     tasks = [t for c in TRAIN_CATEGORIES for t in make_tasks("train", c, -(-a.train_tasks // 3))][:a.train_tasks]
     for task, syntax in [(t, a.syntax) for t in tasks] + sum(sets.values(), []):
         if (n := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
             raise UserError(f"the prompt of {task.id} has {n} tokens, which leaves no room for an answer within "
                             f"--max_total_tokens {a.max_total_tokens}; raise it.")
-    demos = []
-    if a.signal == "sft":
-        demos = [play(chat, Env(t, a.syntax, a.closing), demonstration(t, a.syntax), limits) for t in tasks]
-        for row in demos:
-            if row.reward != 1:
-                raise UserError(f"the ground truth of {row.task_id} does not fit into the limits ({row.status}); raise "
-                                "--max_total_tokens or --max_messages.")
+    signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
 
     # ---- run folder -------------------------------------------------------------------------------------------------
-    out, counters, start = Path(a.out), {"rl_steps": 0, "sft_steps": 0, "prompts": 0, "demos": 0, "skipped": 0}, 0
+    # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
+    # the step and the place where it is made.
+    n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "skipped": 0, "since_switch": 0, "phase": ""}
     if checkpoint:
-        state = torch.load(Path(checkpoint) / "state.pt", map_location=device, weights_only=True)
-        start, counters = state["step"], state["counters"]
+        state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
+        n = state["counters"]
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
+        signal.load(state["signal"])
+        torch.set_rng_state(state["rng"])
+        if state["reference"]:
+            reference.load_state_dict(state["reference"])
+    out, start, last = Path(a.out), n["step"], total_steps(a)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", json.dumps(run_config(a), indent=1))
         for name in ("metrics.jsonl", "episodes.jsonl"):
             cut_log(out / name, start)
-    say(f"run folder: {out}, steps {start} to {total_steps(a)}")
+    say(f"run folder: {out}, steps {start} to {last}")
 
     engine = HFEngine(model, chat.stop_ids)
-    bar = tqdm(total=total_steps(a), initial=start, desc=a.out, disable=None if rank == 0 else True)   # None: only on a terminal
-    for step in range(start, total_steps(a) + 1):
-        last = step == total_steps(a)
+    bar = tqdm(total=last, initial=start, desc=str(out), disable=None if rank == 0 else True)      # None: only on a terminal
+    for step in range(start, last + 1):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
-        if step == 0 or last or (a.eval_every > 0 and step % a.eval_every == 0 and step > start):
+        if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0 and step > start):
             scores = evaluate(model, chat, sets, a, rank, world)
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
-        if step > start and rank == 0 and (last or (a.save_every > 0 and step % a.save_every == 0)):
-            save_checkpoint(out, step, model, chat.tokenizer, optimizer, counters, a.keep)
-        if last:
+        if step > start and rank == 0 and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
+            save_checkpoint(out, step, model, chat.tokenizer, {
+                "counters": n | {"step": step}, "optimizer": optimizer.state_dict(), "signal": signal.state(),
+                "rng": torch.get_rng_state(), "reference": reference.state_dict() if a.reanchor_kl else None}, a.keep)
+        if step == last:
             break
-        began, row = time.time(), {"step": step, "phase": "+".join(what(step, a))}
 
-        if "rl" in what(step, a):
+        # ---- the schedule: which parts has this step, and did the phase just change? ------------------------------------
+        parts, began = what(step, a), time.time()
+        row = {"step": step, "phase": "+".join(parts)}
+        if row["phase"] != n["phase"]:
+            if a.fresh_optimizer:
+                optimizer.state.clear()
+            if a.reanchor_kl and "rl" in parts:
+                reference.load_state_dict(model.state_dict())
+            n["phase"], n["since_switch"] = row["phase"], 0
+        warm = min(1.0, ((n["since_switch"] if a.rewarm else n["rl_steps" if "rl" in parts else "sft_steps"]) + 1) / a.warmup)
+
+        if "rl" in parts:
             # ---- roll out: G conversations per prompt, all of them together ---------------------------------------------
-            batch = endless(tasks, counters["prompts"], a.prompts, f"{a.seed} prompts")
+            batch = endless(tasks, n["prompts"], a.prompts, f"{a.seed} prompts")
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
-            envs = [Env(batch[g], a.syntax, a.closing) for g in mine for _ in range(a.group)]
-            episodes = rollout(engine, chat, envs, limits, [g for g in mine for _ in range(a.group)],
-                               [k for _ in mine for k in range(a.group)], seed=(a.seed, step))
-            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask)) for e in episodes]))
-            row["rollout_s"] = time.time() - began
+            episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
+            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source) for e in episodes]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
+            if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order
+                signal.observe(step, sorted(gather(episodes), key=lambda e: (e.group_id, e.sample)))
+            row["rollout_s"] = time.time() - began
+
+            # ---- rows that were not sampled as they are trained get the trainer's own log-probabilities ----------------
+            model.train()
+            if a.retokenize:
+                episodes = [retokenized(chat, e) for e in episodes]
+            foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and not a.hint_in_update)]
+            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens)])
+            if a.signal == "hbg":
+                row["hint_log_ratio"] = mean(gaps)                           # log p(token | hint) - log p(token | no hint)
 
             # ---- advantages: compared with the own group ----------------------------------------------------------------
             adv = advantages([e.reward for e in episodes], [e.group_id for e in episodes], a.advantage == "std")
+            if a.only:
+                adv = [x if (x > 0) == (a.only == "positive") else 0.0 for x in adv]
 
             # ---- policy updates: the groups in `updates` mini-batches ---------------------------------------------------
-            set_lr(optimizer, a.lr * min(1, (counters["rl_steps"] + 1) / a.warmup))
-            model.train()
-            parts = []
+            set_lr(optimizer, a.lr * warm)
+            rows = rank0_first(rank, signal.rows) if "sft" in parts else []
+            done = []
             for u in range(a.updates):
-                pick = [i for i, e in enumerate(episodes) if e.group_id * a.updates // a.prompts == u]
+                pick = [i for i, e in enumerate(episodes) if
+                        (e.sample * a.updates // a.group if a.split_groups else e.group_id * a.updates // a.prompts) == u]
                 m = rl_backward(model, [episodes[i] for i in pick], [adv[i] for i in pick], loss=a.loss,
                                 clip=(a.clip_low, a.clip_high), dual_clip=a.dual_clip, kl=a.kl, kl_weight=a.kl_weight,
-                                reference=reference, micro_tokens=a.micro_tokens, max_tokens=a.max_total_tokens)
-                parts.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["loss"]))
-            row |= {k: mean(m[k] for m in parts) for k in parts[0]}
-            row |= {k: sum(m[k] for m in parts) for k in ("tokens", "rl_tokens", "skipped_updates")}
-            row["gap"] = parts[0]["gap"]         # |log p trainer - log p sampler| before any update: must be about 0
-            counters["rl_steps"] += 1
-            counters["prompts"] += a.prompts
+                                reference=reference, shaped=a.signal == "ops" and a.ops_ratio == "shaped",
+                                masked_ids=control_ids if a.mask_control else (), micro_tokens=a.micro_tokens,
+                                max_tokens=a.max_total_tokens)
+                if rows:                         # synchronous: the cross-entropy is one more term, with its own normaliser
+                    some = endless(rows, n["rows"], a.sft_batch, f"{a.seed} rows")
+                    m |= sft_backward(model, some[rank::world], a.sft_weight, a.micro_tokens)
+                    n["rows"] += a.sft_batch
+                done.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["loss"] + m.get("sft_loss", 0.0)))
+            row |= {k: mean(m[k] for m in done) for k in done[0]}
+            row |= {k: sum(m[k] for m in done) for k in ("tokens", "rl_tokens", "skipped_updates")}
+            row["gap"] = done[0]["gap"]          # |log p trainer - log p sampler| before any update: must be about 0
+            n["rl_steps"] += 1
+            n["prompts"] += a.prompts
 
-        if "sft" in what(step, a):
-            # ---- cross-entropy on demonstrations ------------------------------------------------------------------------
-            rows = endless(demos, counters["demos"], a.sft_batch, f"{a.seed} demos")
-            set_lr(optimizer, a.sft_lr * min(1, (counters["sft_steps"] + 1) / a.warmup))
+        elif "sft" in parts:
+            # ---- one cross-entropy update on a batch of the signal's rows -----------------------------------------------
+            rows = endless(rank0_first(rank, signal.rows), n["rows"], a.sft_batch, f"{a.seed} rows")
+            set_lr(optimizer, a.sft_lr * warm)
             model.train()
             m = sft_backward(model, rows[rank::world], micro_tokens=a.micro_tokens)
             row |= m | optimizer_step(model, optimizer, a.max_grad_norm, m["sft_loss"])
-            counters["sft_steps"] += 1
-            counters["demos"] += a.sft_batch
+            n["sft_steps"] += 1
+            n["rows"] += a.sft_batch
+
+        else:
+            # ---- a whole SFT phase: epochs over the rows that the signal has now, warm-up, then cosine ------------------
+            rows, done = rank0_first(rank, signal.rows), []
+            total = -(-len(rows) * a.sft_epochs // a.sft_batch)
+            model.train()
+            for u in tqdm(range(total), desc="SFT phase", leave=False, disable=None if rank == 0 else True):
+                warm, decay = (u + 1) / max(1, a.sft_warmup * total), 0.5 * (1 + math.cos(math.pi * u / total))
+                set_lr(optimizer, a.sft_lr * min(1.0, warm) * decay)
+                some = endless(rows, u * a.sft_batch, a.sft_batch, f"{a.seed} phase {step}")
+                m = sft_backward(model, some[rank::world], micro_tokens=a.micro_tokens)
+                done.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["sft_loss"]))
+            row |= {"sft_rows": len(rows), "sft_updates": total, "skipped_updates": sum(m["skipped_updates"] for m in done)}
+            row |= {k: mean(m[k] for m in done) for k in ("sft_loss", "grad_norm")} if done else {}
+            n["sft_steps"] += total
 
         # ---- log ------------------------------------------------------------------------------------------------------
+        n["since_switch"] += 1
+        n["skipped"] += row["skipped_updates"]
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
-        counters["skipped"] += row["skipped_updates"]
         if row["skipped_updates"]:
             say(f"step {step:4d}  WARNING: {row['skipped_updates']} update(s) skipped, loss or gradient not finite")
         append_line(out / "metrics.jsonl", row, rank)
@@ -586,7 +631,7 @@ def main(argv=None):
 
     # ---- summary ------------------------------------------------------------------------------------------------------
     if rank == 0:
-        say(summary(out, counters))
+        say(summary(out, n["skipped"]))
 
 
 def endless(items, start, n, seed):
@@ -607,19 +652,19 @@ def set_lr(optimizer, lr):
 
 
 def rollout_metrics(done):
-    """[(group id, reward, states, status, sampled tokens)] of all ranks -> the metrics of one batch of rollouts"""
+    """[(group id, reward, states, status, sampled tokens, source)] of all ranks -> the metrics of one batch of rollouts.
+    Ground truth in the group counts for mixed_groups, because it takes part in the advantage, and for nothing else."""
     groups = {}
     for group, reward, *_ in done:
         groups.setdefault(group, []).append(reward)
-    states = Counter(s for _, _, states, _, _ in done for s in states)
-    status = Counter(s for *_, s, _ in done)
-    return {"reward": mean(r for _, r, *_ in done),
-            "mixed_groups": mean(len(set(rewards)) > 1 for rewards in groups.values()),  # the others teach nothing
+    mixed = mean(len(set(rewards)) > 1 for rewards in groups.values())           # the others teach nothing
+    done = [d for d in done if d[5] != "truth"]
+    states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
+    return {"reward": mean(d[1] for d in done), "mixed_groups": mixed,
             **{f"state/{s}": states[s] / max(states.total(), 1) for s in STATES},
-            "no_call": mean("call" not in states for _, _, states, _, _ in done),
-            "messages": states.total() / len(done),
-            "message_tokens": sum(n for *_, n in done) / max(states.total(), 1),
-            **{f"status/{s}": n / len(done) for s, n in sorted(status.items())}}
+            "no_call": mean("call" not in d[2] for d in done),
+            "messages": states.total() / len(done), "message_tokens": sum(d[4] for d in done) / max(states.total(), 1),
+            **{f"status/{s}": count / len(done) for s, count in sorted(status.items())}}
 
 
 def one_line(row):
@@ -627,9 +672,11 @@ def one_line(row):
     if "reward" in row:
         line += f"  reward {row['reward']:.3f}  mixed {row['mixed_groups']:.2f}  |  " + \
             "  ".join(f"{s} {row[f'state/{s}']:.2f}" for s in STATES) + f"  |  entropy {row['entropy']:.3f}"
+    if "sft_rows" in row:
+        line += f"  {row['sft_updates']} SFT updates on {row['sft_rows']} rows"
     if "sft_loss" in row:
         line += f"  sft_loss {row['sft_loss']:.3f}"
-    return line + f"  grad {row['grad_norm']:.2f}  {row['seconds']:.1f} s"
+    return line + (f"  grad {row['grad_norm']:.2f}" if "grad_norm" in row else "") + f"  {row['seconds']:.1f} s"
 
 
 def append_line(path, row, rank):
@@ -655,7 +702,7 @@ def table(columns):
     return "\n".join(lines + [f"{name:18s}" + "".join(f"{100 * col[name]:9.1f}%" for col in columns.values()) for name in names])
 
 
-def summary(out, counters):
+def summary(out, skipped):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evals = [{k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in rows if "eval/average" in r]
     text = ["", table({"before": evals[0], "after": evals[-1]})]
@@ -665,8 +712,8 @@ def summary(out, counters):
                     f"{found['peak_step']}) and stayed there.\nWhat the messages became: {shift}.")
     elif any("reward" in r for r in rows):
         text.append("\nNo collapse: the reward never fell below a tenth of its peak for good.")
-    if counters["skipped"]:
-        text.append(f"{counters['skipped']} update(s) were skipped because a loss or gradient was not finite.")
+    if skipped:
+        text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
     text.append(f"\n{out}/metrics.jsonl    a line per step       {out}/episodes.jsonl   conversations to read\n"
                 f"{out}/checkpoints/     Hugging Face format")
     return "\n".join(text)

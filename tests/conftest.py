@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import supervision  # noqa: E402
 import train  # noqa: E402
 from rollout import Chat  # noqa: E402
 
@@ -18,7 +19,7 @@ SMALL = ["--tiny_hidden", "32", "--tiny_layers", "1", "--base_steps", "4", "--ba
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train.tiny_tokenizer()
+    return supervision.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -30,4 +31,4 @@ def chat(tokenizer):
 def model(tokenizer):
     """A randomly initialised Qwen2 of two layers; sharp enough (initializer_range) that its samples differ."""
     a = train.parse_args(["--tiny_hidden", "64", "--tiny_layers", "2"])
-    return train.tiny_model(len(tokenizer), a).eval()
+    return supervision.tiny_model(len(tokenizer), a).eval()

@@ -13,7 +13,7 @@ from rollout import Episode
 from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
 
 
-def episodes(seed=0, n=8, vocab=600, groups=2):
+def episodes(seed=0, n=8, vocab=500, groups=2):
     """Random rows of different lengths; masks with gaps, as multi-turn masks have."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
@@ -22,7 +22,7 @@ def episodes(seed=0, n=8, vocab=600, groups=2):
         for turn in range(rng.integers(1, 4)):
             said = rng.integers(7, vocab, rng.integers(1, 9)).tolist()
             e.append(said, "model", turn, (-rng.random(len(said)) * 12).tolist())
-            e.append(rng.integers(7, vocab, 3).tolist(), "world", turn)
+            e.append(rng.integers(7, vocab, 3).tolist(), "tool", turn)
         e.reward = float(rng.random() < 0.5)
         rows.append(e)
     return rows

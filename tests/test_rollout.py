@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from rollout import Chat, Episode, HFEngine, Limits, Request, play, rollout, transcript
+from rollout import Chat, Episode, HFEngine, Limits, Request, begin, play, rollout, transcript
 from tools import DOCS, Env, Task, Turn, UserError, demonstration, make_tasks, write_calls
 
 LIMITS = Limits(steps=20, message=64, total=1024, observation=256)
@@ -36,7 +36,7 @@ class MockEngine:
 
 def roll(chat, messages, limits=LIMITS, closing="lenient"):
     env = Env(task(), closing=closing)
-    return rollout(MockEngine(messages), chat, [env], limits, [3], [0])[0]
+    return rollout(MockEngine(messages), chat, [env], limits, [begin(chat, env, 3)])[0]
 
 
 def test_literal_tokens_and_mask(chat):
@@ -59,6 +59,8 @@ def test_literal_tokens_and_mask(chat):
     assert call[-1] == done[-1] == end               # the sampled end token is inside the mask
     assert e.states == ["call", "reply", "call", "reply"] and (e.reward, e.status) == (1, "finished")
     assert [s.turn for s in e.spans if s.who == "model"] == [0, 0, 1, 1]
+    assert [s.who for s in e.spans] == ["prompt", "model", "tool", "model", "user", "model", "tool", "model"]
+    assert (e.spans[3].text, e.spans[4].text) == ("Done.", "check the balance")
 
 
 def test_ids_are_the_template_rendering(chat):
@@ -212,11 +214,14 @@ def test_greedy_is_argmax(model, chat):
 
 def test_samples_do_not_depend_on_the_batch(model, chat):
     tasks = make_tasks("test", "base", 6)
-    roll = lambda pick: rollout(HFEngine(model, {chat.end_id}), chat, [Env(tasks[i]) for i in pick], Limits(4, 20, 512, 64),
-                                pick, [0] * len(pick), seed=(5,))
+
+    def roll(pick, sample=0):
+        envs = [Env(tasks[i]) for i in pick]
+        return rollout(HFEngine(model, {chat.end_id}), chat, envs, Limits(4, 20, 512, 64),
+                       [begin(chat, env, i, sample) for i, env in zip(pick, envs)], seed=(5,))
     together, alone = roll(range(6)), [roll([i])[0] for i in range(6)]
     assert [e.ids for e in together] == [e.ids for e in alone]
-    again = rollout(HFEngine(model, {chat.end_id}), chat, [Env(tasks[0])], Limits(4, 20, 512, 64), [0], [1], seed=(5,))
+    again = roll([0], sample=1)
     assert again[0].ids != together[0].ids           # another sample of the group draws other numbers
 
 
@@ -236,8 +241,9 @@ def test_cost_grows_with_new_tokens_only(model, chat):
     hook = model.get_decoder().embed_tokens.register_forward_hook(lambda m, args, out: passed.append(args[0].shape))
     tasks, other = make_tasks("test", "base", 2), copy.copy(chat)
     other.stop_ids = set(range(0, len(chat.tokenizer), 7))       # a random model hardly ever says the end token itself
-    episodes = rollout(HFEngine(model, other.stop_ids), other, [Env(tasks[i // 4]) for i in range(8)], Limits(5, 40, 512, 64),
-                       [i // 4 for i in range(8)], list(range(8)), seed=(1,))
+    envs = [Env(tasks[i // 4]) for i in range(8)]
+    episodes = rollout(HFEngine(model, other.stop_ids), other, envs, Limits(5, 40, 512, 64),
+                       [begin(other, env, i // 4, i) for i, env in enumerate(envs)], seed=(1,))
     hook.remove()
     prompts = sum(len(e.ids[:e.spans[0].end]) for e in episodes[::4])
     decoded = sum(rows for rows, width in passed if width == 1)
