@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,27 @@ from rollout import Chat  # noqa: E402
 
 torch.set_num_threads(1)
 SMALL = ["--tiny_hidden", "32", "--tiny_layers", "1", "--base_steps", "4", "--base_noisy_steps", "1"]
+
+
+RUN = [*SMALL, "--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
+       "--max_message_tokens", "24", "--max_messages", "16"]
+TIMES = {"seconds", "rollout_s"}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder with the pre-trained (four steps...) base in runs/, shared by all tests here."""
+    path = tmp_path_factory.mktemp("work")
+    before = os.getcwd()
+    os.chdir(path)
+    assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
+    yield path
+    os.chdir(before)
+
+
+def rows(out):
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")

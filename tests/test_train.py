@@ -12,34 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, SMALL
+from conftest import ROOT, RUN, rows
 from safetensors.torch import load_file
 from test_losses import close, episodes
 
 import train
 from rl_step import advantages, rl_backward
 from sft_step import optimizer_step, sft_backward
-
-RUN = [*SMALL, "--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
-       "--max_message_tokens", "24", "--max_messages", "16"]
-TIMES = {"seconds", "rollout_s"}
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A folder with the pre-trained (four steps...) base in runs/, shared by all tests here."""
-    path = tmp_path_factory.mktemp("work")
-    before = os.getcwd()
-    os.chdir(path)
-    assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
-    yield path
-    os.chdir(before)
-
-
-def rows(out):
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
 
 def weights(out):
     return load_file(train.newest_checkpoint(out) / "model.safetensors")
@@ -240,12 +219,15 @@ def test_two_processes_equal_one(model, tmp_path, split):
         assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], ranks[1][1]))
 
 
-def test_torchrun_equals_one_process(folder):
-    """The whole script: rollouts, updates, evaluation. Episodes are seeded one by one, so even the samples agree."""
-    args = [*RUN, "--steps", "2", "--threads", "1"]
-    two = command(*args, "--out", "runs/two", n=2, cwd=folder)
+@pytest.mark.parametrize("name, flags", [
+    ("none", []), ("prs", ["--signal", "prs", "--schedule", "interleaved", "--phases", "1:1", "--ets_window", "1", "--sft_batch", "8"])])
+def test_torchrun_equals_one_process(folder, name, flags):
+    """The whole script: rollouts, signal, updates, evaluation. Episodes are seeded one by one, so even the samples agree."""
+    args = [*RUN, *flags, "--steps", "2", "--threads", "1"]
+    two = command(*args, "--out", f"runs/two-{name}", n=2, cwd=folder)
     assert two.returncode == 0, two.stderr
-    a, b = rows("runs/two"), rows("runs/first")
+    assert train.cli([*args, "--out", f"runs/one-{name}"]) == 0
+    a, b = rows(f"runs/two-{name}"), rows(f"runs/one-{name}")
     assert len(a) == len(b)
     for one, other in zip(a, b):
         assert one.pop("phase", "") == other.pop("phase", "")
