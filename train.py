@@ -3,7 +3,7 @@
     python train.py                                             vanilla GRPO on a laptop
     python train.py --signal ets --schedule interleaved         GRPO with SFT on failed tasks between its phases
     python train.py --eval_only --model runs/NAME               evaluate the newest checkpoint of a run
-    torchrun --nproc-per-node 2 train.py                        the same numbers from 2 processes
+    torchrun --nproc-per-node 2 -- train.py                     the same numbers from 2 processes
 
 One pass through the main loop is the paper's algorithm:
 
@@ -31,6 +31,7 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
+from analyze_tokens import mean, one_line, rollout_metrics, summary, table
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
@@ -432,26 +433,6 @@ def limits_of(a):
     return Limits(a.max_messages, a.max_message_tokens, a.max_total_tokens, a.max_observation_tokens)
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / max(len(values), 1)
-
-
-def collapse(rows, window=5):
-    """Did the reward collapse, and what had the messages become? From the rows of metrics.jsonl that have a reward.
-    -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {state: share at the end}}
-    Collapse = the mean reward over `window` steps falls below 10 % of its peak and stays there to the end."""
-    rows = [r for r in rows if "reward" in r]
-    smooth = [mean(r["reward"] for r in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
-    if len(rows) < 2 * window:
-        return None
-    top = max(range(window - 1, len(rows)), key=smooth.__getitem__)
-    low = [i for i in range(top, len(rows)) if smooth[i] < 0.1 * smooth[top]]
-    if not low or low[-1] - low[0] != len(rows) - 1 - low[0] or len(low) != len(rows) - low[0]:
-        return None
-    at = lambda i: {s: mean(r[f"state/{s}"] for r in rows[max(0, i + 1 - window):i + 1]) for s in STATES}
-    return {"step": rows[low[0]]["step"], "peak": smooth[top], "peak_step": rows[top]["step"], "before": at(top),
-            "after": at(len(rows) - 1)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,7 +482,7 @@ def main(argv=None):
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
     # the step and the place where it is made.
-    n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "skipped": 0, "since_switch": 0, "phase": ""}
+    n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "since_switch": 0, "phase": ""}
     if checkpoint:
         state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
         n = state["counters"]
@@ -620,7 +601,6 @@ def main(argv=None):
 
         # ---- log ------------------------------------------------------------------------------------------------------
         n["since_switch"] += 1
-        n["skipped"] += row["skipped_updates"]
         row |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
         if row["skipped_updates"]:
             say(f"step {step:4d}  WARNING: {row['skipped_updates']} update(s) skipped, loss or gradient not finite")
@@ -631,7 +611,8 @@ def main(argv=None):
 
     # ---- summary ------------------------------------------------------------------------------------------------------
     if rank == 0:
-        say(summary(out, n["skipped"]))
+        say(f"\n{summary(out)}\n\n{out}/metrics.jsonl   a line per step        {out}/episodes.jsonl   conversations to read\n"
+            f"{out}/checkpoints/   Hugging Face format    python analyze_tokens.py {out}   this summary, and the states over time")
 
 
 def endless(items, start, n, seed):
@@ -651,34 +632,6 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
-def rollout_metrics(done):
-    """[(group id, reward, states, status, sampled tokens, source)] of all ranks -> the metrics of one batch of rollouts.
-    Ground truth in the group counts for mixed_groups, because it takes part in the advantage, and for nothing else."""
-    groups = {}
-    for group, reward, *_ in done:
-        groups.setdefault(group, []).append(reward)
-    mixed = mean(len(set(rewards)) > 1 for rewards in groups.values())           # the others teach nothing
-    done = [d for d in done if d[5] != "truth"]
-    states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
-    return {"reward": mean(d[1] for d in done), "mixed_groups": mixed,
-            **{f"state/{s}": states[s] / max(states.total(), 1) for s in STATES},
-            "no_call": mean("call" not in d[2] for d in done),
-            "messages": states.total() / len(done), "message_tokens": sum(d[4] for d in done) / max(states.total(), 1),
-            **{f"status/{s}": count / len(done) for s, count in sorted(status.items())}}
-
-
-def one_line(row):
-    line = f"step {row['step']:4d}  {row['phase']:3s}"
-    if "reward" in row:
-        line += f"  reward {row['reward']:.3f}  mixed {row['mixed_groups']:.2f}  |  " + \
-            "  ".join(f"{s} {row[f'state/{s}']:.2f}" for s in STATES) + f"  |  entropy {row['entropy']:.3f}"
-    if "sft_rows" in row:
-        line += f"  {row['sft_updates']} SFT updates on {row['sft_rows']} rows"
-    if "sft_loss" in row:
-        line += f"  sft_loss {row['sft_loss']:.3f}"
-    return line + (f"  grad {row['grad_norm']:.2f}" if "grad_norm" in row else "") + f"  {row['seconds']:.1f} s"
-
-
 def append_line(path, row, rank):
     if rank == 0:
         with open(path, "a") as f:
@@ -693,30 +646,6 @@ def record_episodes(path, step, chat, episodes, rank):
     for e in picks.values():
         append_line(path, {"step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "reward": e.reward,
                    "status": e.status, "failed_turn": e.failed_turn, "states": e.states, "text": transcript(chat, e)}, rank)
-
-
-def table(columns):
-    """{"before": {"base": .1}, "after": {"base": .3}} -> a text table, one line per score"""
-    names = list(next(iter(columns.values())))
-    lines = [" " * 18 + "".join(f"{c:>10s}" for c in columns)]
-    return "\n".join(lines + [f"{name:18s}" + "".join(f"{100 * col[name]:9.1f}%" for col in columns.values()) for name in names])
-
-
-def summary(out, skipped):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    evals = [{k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in rows if "eval/average" in r]
-    text = ["", table({"before": evals[0], "after": evals[-1]})]
-    if found := collapse(rows):
-        shift = ", ".join(f"{s} {found['before'][s]:.2f} -> {found['after'][s]:.2f}" for s in STATES)
-        text.append(f"\nCOLLAPSE at step {found['step']}: the reward fell below a tenth of its peak ({found['peak']:.2f} at step "
-                    f"{found['peak_step']}) and stayed there.\nWhat the messages became: {shift}.")
-    elif any("reward" in r for r in rows):
-        text.append("\nNo collapse: the reward never fell below a tenth of its peak for good.")
-    if skipped:
-        text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
-    text.append(f"\n{out}/metrics.jsonl    a line per step       {out}/episodes.jsonl   conversations to read\n"
-                f"{out}/checkpoints/     Hugging Face format")
-    return "\n".join(text)
 
 
 def cli(argv=None):

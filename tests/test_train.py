@@ -16,16 +16,19 @@ from conftest import ROOT, RUN, rows
 from safetensors.torch import load_file
 from test_losses import close, episodes
 
+import analyze_tokens
 import train
+from analyze_tokens import collapse
 from rl_step import advantages, rl_backward
 from sft_step import optimizer_step, sft_backward
+from tools import STATES
 
 def weights(out):
     return load_file(train.newest_checkpoint(out) / "model.safetensors")
 
 
 def command(*args, n=None, **kw):
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "29611"] if n else [
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "29611", "--"] if n else [
         sys.executable]
     return subprocess.run([*head, str(ROOT / "train.py"), *args], capture_output=True, text=True, timeout=240, **kw)
 
@@ -35,7 +38,7 @@ def test_the_run_folder(folder):
     steps = rows(out)
     assert [r["step"] for r in steps] == [0, 0, 1, 2] and "eval/average" in steps[0] and "eval/average" in steps[-1]
     step = steps[1]
-    assert sum(step[f"state/{s}"] for s in train.STATES) == pytest.approx(1, abs=1e-4)
+    assert sum(step[f"state/{s}"] for s in STATES) == pytest.approx(1, abs=1e-4)
     assert step["gap"] < 1e-5 and step["tokens"] > 0 and 0 <= step["mixed_groups"] <= 1
     assert json.loads((out / "config.json").read_text())["steps"] == 2
     spoken = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
@@ -175,15 +178,33 @@ def test_endless_stream():
 
 
 def test_collapse_is_named():
-    state = lambda call: {f"state/{s}": 0.0 for s in train.STATES} | {"state/call": call, "state/polluted": 1 - call}
+    state = lambda call: {f"state/{s}": 0.0 for s in STATES} | {"state/call": call, "state/polluted": 1 - call}
     curve = [0.1] * 10 + [0.4] * 20
     fallen = curve + [0.01] * 10
     as_rows = lambda rewards: [{"step": i, "reward": r, **state(r)} for i, r in enumerate(rewards)]
-    assert train.collapse(as_rows(curve)) is None
-    assert train.collapse(as_rows(curve + [0.0] * 6 + [0.4] * 10)) is None       # it recovered
-    found = train.collapse(as_rows(fallen))
+    assert collapse(as_rows(curve)) is None
+    assert collapse(as_rows(curve + [0.0] * 6 + [0.4] * 10)) is None       # it recovered
+    found = collapse(as_rows(fallen))
     assert 30 < found["step"] <= 35 and found["peak"] == pytest.approx(0.4)
     assert found["before"]["polluted"] == pytest.approx(0.6) and found["after"]["polluted"] == pytest.approx(0.99)
+
+
+def test_analyze_reads_runs(folder, capsys):
+    """Whole, half-written and damaged run folders: what can be read is printed, what cannot is said."""
+    half = folder / "runs/half"
+    half.mkdir()
+    lines = (folder / "runs/first/metrics.jsonl").read_text()
+    (half / "metrics.jsonl").write_text(lines[:-20])
+    (folder / "runs/bad").mkdir(exist_ok=True)
+    (folder / "runs/bad/metrics.jsonl").write_text("x\n" + lines)
+    capsys.readouterr()
+    assert analyze_tokens.main(["runs/first", "runs/half"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("No collapse") == 2 and "before     after" in out and "polluted" in out
+    assert analyze_tokens.main(["runs/bad", "runs/nothing", "runs/first"]) == 2
+    seen = capsys.readouterr()
+    assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err and "runs/nothing holds no metrics" in seen.err
+    assert "== runs/first" in seen.out and "No collapse" in seen.out
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------
