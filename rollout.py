@@ -211,6 +211,10 @@ class HFEngine:
     prefill_tokens = 16_384                      # bounds the memory of one prefill pass
 
     def __init__(self, model, stop_ids):
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UserError(f"this sampler keeps a cache for full attention only, and the model has {', '.join(sorted(kinds))} layers; "
+                            "use another model.")
         self.model, self.stop_ids = model, stop_ids
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.reset()

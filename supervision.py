@@ -141,13 +141,22 @@ right the tool must be the value of key must be a call is missing a call too man
 Write the cause and the right call. The last turn is not right. Write the cause, the fix, similar turns, and one that is not similar."""
 ASK_WHOLE = "Read each turn. Is it right? Write the cause and the right call."
 ASK_ERROR = "The last turn is not right. Write the cause, the fix, similar turns, and one that is not similar."
+# The same two questions for a language model as judge, with what the paper asks of it.
+JUDGE_WHOLE = """Below is a conversation between a user and an assistant that calls tools. After each turn, "right" is the ground truth.
+For every turn write: what the user wanted and what a correct answer does; whether the assistant's turn was correct, and if not, the
+kind of mistake and its root cause; how to do better, with the corrected calls exactly as in the ground truth, in the same syntax."""
+JUDGE_ERROR = """Below is a conversation between a user and an assistant that calls tools. Its LAST turn is wrong; "right" is the ground truth.
+Write: the root cause, with two to four pieces of evidence from the log; the fix, with the corrected calls; three to five similar
+scenarios of different kinds (a missing value, the wrong tool, a failed call, an ambiguous request), each with its request, the typical
+mistake, the correct calls, and why; and one scenario that looks alike but needs another solution."""
 
 
-def reflection_prompts(task, episode, syntax):
-    """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if a turn failed"""
-    prompts = [("whole", f"{ASK_WHOLE}\n\n{dialogue(task, episode, syntax)}")]
+def reflection_prompts(task, episode, syntax, model=False):
+    """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if a turn failed. model: asks a language model"""
+    prompts = [("whole", f"{JUDGE_WHOLE if model else ASK_WHOLE}\n\n{dialogue(task, episode, syntax)}")]
     if episode.failed_turn is not None:
-        prompts.append(("error", f"{ASK_ERROR}\n\n{dialogue(task, episode, syntax, episode.failed_turn)}"))
+        log = dialogue(task, episode, syntax, episode.failed_turn)
+        prompts.append(("error", f"{JUDGE_ERROR if model else ASK_ERROR}\n\n{log}"))
     return prompts
 
 
@@ -178,7 +187,7 @@ class Judge:
                             "--judge_model and the key in JUDGE_API_KEY.") from error
 
     def _answer(self, prompt):
-        path = self.cache / f"{hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest()}.json"
+        path = self.cache / (hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() + ".json")
         if path.exists():
             return json.loads(path.read_text())["answer"]
         for attempt in range(self.retries + 1):
@@ -208,6 +217,7 @@ class Judge:
 class Signal:
     """none: vanilla GRPO. The base class of all others; see "Add your own signal" in README."""
     schedules = ("rl",)                          # with which it makes sense
+    skipped = 0                                  # rows that the last call of rows() could not make
 
     def __init__(self, a, chat, tasks, limits):
         self.a, self.chat, self.limits = a, chat, limits
@@ -297,7 +307,6 @@ class PRS(ETS):
         super().__init__(*args)
         self.judge = Judge(self.a) if self.a.judge_url else None
         self.kept = []                           # [[step, task id, failed turn, [[turn, who, text, state]]]] of the window
-        self.skipped = 0                         # reflections that a judge failed to write, or that were too long
 
     def observe(self, step, episodes):
         super().observe(step, episodes)
@@ -313,7 +322,8 @@ class PRS(ETS):
             for turn, who, text, state in spans:
                 episode.append([], who, turn, text=text, state=state)
             task = self.tasks[task_id]
-            asked += [(kind, prompt, task, episode) for kind, prompt in reflection_prompts(task, episode, self.a.syntax)]
+            asked += [(kind, prompt, task, episode) for kind, prompt
+                      in reflection_prompts(task, episode, self.a.syntax, model=self.judge is not None)]
         if self.judge:
             answers = self.judge.answers([prompt for _, prompt, _, _ in asked])
         else:

@@ -232,6 +232,8 @@ def start_processes(a):
         torch.set_num_threads(a.threads)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {a.device}, but PyTorch sees no CUDA device here; use --device cpu.")
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
@@ -454,7 +456,7 @@ def main(argv=None):
         say("model: the embedded one (the first run pre-trains it and keeps it under runs/)")
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
-    control_ids = [i for i in range(len(chat.tokenizer)) if chat.tokenizer.convert_ids_to_tokens(i) in CONTROL]
+    control_ids = [i for token, i in chat.tokenizer.get_added_vocab().items() if token in CONTROL]
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
     sets = evaluation_sets(a)
     if a.eval_only:
@@ -595,7 +597,9 @@ def main(argv=None):
                 some = endless(rows, u * a.sft_batch, a.sft_batch, f"{a.seed} phase {step}")
                 m = sft_backward(model, some[rank::world], micro_tokens=a.micro_tokens)
                 done.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["sft_loss"]))
-            row |= {"sft_rows": len(rows), "sft_updates": total, "skipped_updates": sum(m["skipped_updates"] for m in done)}
+            if signal.skipped:
+                say(f"step {step:4d}  WARNING: {signal.skipped} row(s) left out: the judge failed, or the text was too long")
+            row |= {"sft_rows": len(rows), "sft_rows_left_out": signal.skipped, "sft_updates": total, "skipped_updates": sum(m["skipped_updates"] for m in done)}
             row |= {k: mean(m[k] for m in done) for k in ("sft_loss", "grad_norm")} if done else {}
             n["sft_steps"] += total
 

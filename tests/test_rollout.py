@@ -203,6 +203,30 @@ def test_engine_equals_plain_forward(model, chat):
     assert talks[0] != talks[2], "same prompt, other seed: another sample"
 
 
+def test_engine_with_grouped_heads_and_growing_cache(tokenizer, chat):
+    """Fewer key heads than query heads; a conversation that outgrows the cache's first allocation."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)).eval()
+    engine, ids = HFEngine(model, {chat.end_id}), chat.prompt([{"role": "user", "content": "read"}])
+    for turn in range(3):
+        (out, logprobs), = engine.generate([Request(0, list(ids), 150, (turn,))])
+        ids += out
+        expected = plain_logprobs(model, ids, len(ids) - len(out))
+        assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=2e-5)
+        ids += chat.observation("plan")
+    assert len(ids) > 400
+
+
+def test_sliding_windows_are_refused(tokenizer):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    config = Qwen2Config(vocab_size=9, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
+                         num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with pytest.raises(UserError, match="sliding_attention"):
+        HFEngine(Qwen2ForCausalLM(config), {0})
+
+
 def test_greedy_is_argmax(model, chat):
     ids = chat.prompt([{"role": "user", "content": "check the balance"}])
     (out, _), = HFEngine(model, {chat.end_id}).generate([Request(0, ids, 12, (0,))], temperature=0.0)
