@@ -1,10 +1,11 @@
-"""analyze_tokens.py -- reading a run: what the messages became, and whether the reward collapsed. Floor 3.
+"""analyze_tokens.py -- reading a run: control-token probabilities, what the messages became, and the verdict. Floor 3.
 
-    python analyze_tokens.py runs/a runs/b        scores, message states over time, and the verdict, of each run folder
+    python analyze_tokens.py runs/a runs/b        scores, states and probabilities over time, and the verdict, of each run folder
 
-    1. states     the shares of the message states in one batch of rollouts (train.py logs them every step)
-    2. collapse   did the reward fall for good, and what had the messages become by then?
-    3. texts      the line per step, the closing summary, the timeline
+    1. probe      control-token probabilities in the right and in the wrong places, teacher-forced (train.py: --probe_every)
+    2. states     the shares of the message states in one batch of rollouts (train.py logs them every step)
+    3. collapse   did the reward fall for good, and what had the messages become by then?
+    4. texts      the line per step, the closing summary, the timeline
 """
 import argparse
 import json
@@ -12,7 +13,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from tools import STATES, UserError
+import torch
+
+from sft_step import micro_batches
+from tools import OPEN, STATES, UserError
 
 
 def mean(values):
@@ -36,7 +40,60 @@ def read_rows(out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. States
+# 1. The probe. Ground-truth conversations that never change, one forward pass, no sampling: so a moving number is the model's
+#    doing. Every position where the assistant speaks is a slot, and each control token is legal in one kind of slot only:
+#
+#      call   the first token of a message that should be a call     legal: <tool_call>
+#      text   the first token of a message that should be text       <tool_call> here is the spike of the paper
+#      open   right after <tool_call>                                the end token here is the collapsed message
+#      last   where the message should end                           legal: the end token
+#      inside everything else                                        neither
+
+
+@torch.no_grad()
+def probe(model, chat, rows, max_tokens=16_384, chunk=4096):
+    """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., "p/calls_exact": ..., ...}
+
+      p/open|text        P(<tool_call>) where text should begin;  p/open|call where a call should begin (healthy: near 1)
+      p/end|open         P(end) right after <tool_call>;          p/end|last where a message should end (healthy: near 1)
+      p/open|inside, p/end|inside                                 both tokens in the middle of messages
+      p/short_circuit    p/open|text * p/end|open: the probability of the collapsed message in a place for text
+      p/calls_exact      share of ground-truth calls whose every token is the model's first choice: can it still use tools?
+      p/log_likelihood   mean log p of the ground truth"""
+    model.eval()
+    open_id, total, exact, log_likelihood = chat.tokenizer.get_added_vocab()[OPEN], {}, [], []
+    for batch in micro_batches(rows, max_tokens):
+        width = max(len(r.ids) for r in batch)
+        ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in batch], device=model.device)         # [B, T]
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                       # [B, T, D]
+        where = [(b, t, s) for b, r in enumerate(batch) for s in r.spans if s.who == "model" for t in range(s.start, s.end)]
+        h = hidden[[b for b, _, _ in where], [t - 1 for _, t, _ in where]]                                   # [N, D]
+        target = ids[[b for b, _, _ in where], [t for _, t, _ in where]]                                     # [N]
+        right, p_open, p_end = [], [], []
+        for part, wanted in zip(h.split(chunk), target.split(chunk)):
+            logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                        # [n, V]
+            log_likelihood += logp.gather(1, wanted[:, None])[:, 0].tolist()
+            right += (logp.argmax(-1) == wanted).tolist()
+            p_open += logp[:, open_id].exp().tolist()
+            p_end += logp[:, chat.end_id].exp().tolist()
+        calls = {}                               # {(row, start of a call's span): every token right so far?}
+        for (b, t, s), ok, po, pe in zip(where, right, p_open, p_end):
+            is_call = batch[b].ids[s.start] == open_id
+            slot = (("call" if is_call else "text") if t == s.start else "last" if t == s.end - 1 else
+                    "open" if is_call and t == s.start + 1 else "inside")
+            total.setdefault(f"p/open|{slot}", []).append(po)
+            total.setdefault(f"p/end|{slot}", []).append(pe)
+            if is_call:
+                calls[b, s.start] = calls.get((b, s.start), True) and (ok or t == s.start)   # the open tag itself is given
+        exact += calls.values()
+    out = {name: mean(total.get(name, [])) for name in ("p/open|call", "p/open|text", "p/open|inside", "p/end|open",
+                                                        "p/end|last", "p/end|inside")}
+    return out | {"p/short_circuit": out["p/open|text"] * out["p/end|open"], "p/calls_exact": mean(exact),
+                  "p/log_likelihood": mean(log_likelihood)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. States
 
 
 def rollout_metrics(done):
@@ -56,7 +113,7 @@ def rollout_metrics(done):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Collapse
+# 3. Collapse
 
 
 def collapse(rows, window=5):
@@ -79,7 +136,7 @@ def collapse(rows, window=5):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Texts
+# 4. Texts
 
 
 def one_line(row):
@@ -114,18 +171,26 @@ def summary(out):
         text.append("\nNo collapse: the reward never fell below a tenth of its peak for good.")
     if skipped := sum(r.get("skipped_updates", 0) for r in rows):
         text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
+    probes = [r for r in rows if "p/open|text" in r]
+    if len(probes) > 1:
+        text.append("P(<tool_call> where text should begin) {:.4f} -> {:.4f}; P(end right after <tool_call>) {:.4f} -> {:.4f}; ground-truth "
+                    "calls still\nthe model's first choice, token by token: {:.2f} -> {:.2f}.".format(
+                        *(probes[i][name] for name in ("p/open|text", "p/end|open", "p/calls_exact") for i in (0, -1))))
     return "\n".join(text)
 
 
 def timeline(rows, points=12):
-    """The states over time: at most `points` lines, each the mean of its stretch of steps."""
-    rows = [r for r in rows if "reward" in r]
-    size = max(1, -(-len(rows) // points))
-    lines = [" ".join(f"{name:>9s}" for name in ("steps", "reward", *STATES))]
-    for i in range(0, len(rows), size):
-        part = rows[i:i + size]
-        shares = [mean(r[name] for r in part) for name in ("reward", *(f"state/{s}" for s in STATES))]
-        lines.append(" ".join([f"{part[0]['step']:4d}-{part[-1]['step']:<4d}", *(f"{x:9.3f}" for x in shares)]))
+    """The run over time: at most `points` lines, each the mean of its stretch of steps."""
+    names = {"reward": "reward", **{s: f"state/{s}" for s in STATES},
+             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
+    rolled = [r for r in rows if "reward" in r]
+    size = max(1, -(-len(rolled) // points))
+    lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]
+    for i in range(0, len(rolled), size):
+        first, last = rolled[i]["step"], rolled[min(i + size, len(rolled)) - 1]["step"]
+        part = [r for r in rows if first <= r["step"] <= last]
+        values = [[r[name] for r in part if name in r] for name in names.values()]
+        lines.append(" ".join([f"{first:4d}-{last:<4d}", *(f"{mean(v):9.4f}" if v else " " * 9 for v in values)]))
     return "\n".join(lines)
 
 

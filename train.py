@@ -31,11 +31,11 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import mean, one_line, rollout_metrics, summary, table
+from analyze_tokens import mean, one_line, probe, rollout_metrics, summary, table
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
-from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, pretrain_tiny, roll_out
+from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
 from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
 
 SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous")
@@ -138,6 +138,9 @@ def parse_args(argv=None):
     g.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     g.add_argument("--eval_only", action="store_true", help="evaluate --model and stop; writes eval.json only if --out is given")
     g.add_argument("--eval_every", type=int, default=25, help="evaluate every so many steps (-1 = only first and last)")
+    g.add_argument("--probe_every", type=int, default=5, help="measure the control tokens' probabilities every so many steps "
+                   "(analyze_tokens.py; -1 = never)")
+    g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (test tasks, never trained)")
     g.add_argument("--save_every", type=int, default=25, help="checkpoint every so many steps (-1 = only the last)")
     g.add_argument("--keep", type=int, default=2, help="newest checkpoints kept (-1 = all)")
     g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice)")
@@ -147,11 +150,11 @@ def parse_args(argv=None):
     for name, least in dict(prompts=1, group=2, updates=1, train_tasks=3, eval_tasks=1, max_messages=1, max_message_tokens=1,
                             max_total_tokens=2, max_observation_tokens=1, sft_batch=1, micro_tokens=1, warmup=1, tiny_layers=1,
                             steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0, sft_lr=0,
-                            sft_epochs=1, sft_weight=0, ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0,
+                            sft_epochs=1, sft_weight=0, probe_tasks=1, ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0,
                             clip_low=0, clip_high=0, dual_clip=1, max_grad_norm=0).items():
         if getattr(a, name) is not None and not getattr(a, name) >= least:      # `not >=` also refuses nan
             p.error(f"--{name} {getattr(a, name)} must be at least {least}")
-    for name in ("eval_every", "save_every", "keep", "threads"):
+    for name in ("eval_every", "save_every", "probe_every", "keep", "threads"):
         if getattr(a, name) == 0 or getattr(a, name) < -1:
             p.error(f"--{name} {getattr(a, name)} must be -1 or at least 1")
     for name in ("base_wrong", "base_malformed", "sft_warmup"):
@@ -368,7 +371,7 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
 
 
 # What may differ between a run and its resumption: nothing that changes a number.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "device", "micro_tokens", "eval_only",
+FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device", "micro_tokens", "eval_only",
                   "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
 
 
@@ -481,6 +484,9 @@ def main(argv=None):
                             f"--max_total_tokens {a.max_total_tokens}; raise it.")
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
 
+    probed = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
+    probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in probed] if rank == 0 and a.probe_every > 0 else []
+
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
     # the step and the place where it is made.
@@ -506,7 +512,7 @@ def main(argv=None):
     for step in range(start, last + 1):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
-        if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0 and step > start):
+        if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
             scores = evaluate(model, chat, sets, a, rank, world)
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
@@ -514,6 +520,8 @@ def main(argv=None):
             save_checkpoint(out, step, model, chat.tokenizer, {
                 "counters": n | {"step": step}, "optimizer": optimizer.state_dict(), "signal": signal.state(),
                 "rng": torch.get_rng_state(), "reference": reference.state_dict() if a.reanchor_kl else None}, a.keep)
+        if probe_rows and (step == last or step % a.probe_every == 0):
+            append_line(out / "metrics.jsonl", {"step": step} | probe(model, chat, probe_rows, a.micro_tokens), rank)
         if step == last:
             break
 

@@ -36,8 +36,8 @@ def command(*args, n=None, **kw):
 def test_the_run_folder(folder):
     out = folder / "runs/first"
     steps = rows(out)
-    assert [r["step"] for r in steps] == [0, 0, 1, 2] and "eval/average" in steps[0] and "eval/average" in steps[-1]
-    step = steps[1]
+    assert [r["step"] for r in steps] == [0, 0, 0, 1, 2, 2] and "eval/average" in steps[0] and "eval/average" in steps[-2] and "p/open|text" in steps[-1]
+    step = steps[2]
     assert sum(step[f"state/{s}"] for s in STATES) == pytest.approx(1, abs=1e-4)
     assert step["gap"] < 1e-5 and step["tokens"] > 0 and 0 <= step["mixed_groups"] <= 1
     assert json.loads((out / "config.json").read_text())["steps"] == 2
@@ -72,12 +72,12 @@ def test_sft_schedules(folder, schedule, phases):
 def test_killed_run_resumes_to_the_same_numbers(folder):
     """kill -9 in the middle, then --resume: metrics and weights equal those of a run that nobody interrupted, bit by bit."""
     args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_steps", "2", "--steps", "5", "--save_every", "2",
-            "--kl_weight", "0.01", "--sft_batch", "4", "--threads", "1"]
+            "--kl_weight", "0.01", "--sft_batch", "4", "--threads", "1", "--eval_every", "2", "--probe_every", "3"]
     assert command(*args, "--out", "runs/whole", cwd=folder).returncode == 0
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, "--out", "runs/killed"], cwd=folder,
                                stdout=subprocess.DEVNULL)
     metrics = folder / "runs/killed/metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 5:   # step 3 is logged, the last checkpoint is step 2
+    while not metrics.exists() or metrics.read_text().count("\n") < 9:   # step 3 is logged, the last checkpoint is step 2
         time.sleep(0.02)
         assert process.poll() is None, "the run ended before it could be killed"
     process.send_signal(signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_eval_only(folder, capsys):
     assert train.cli([*RUN, "--eval_only", "--model", "runs/first", "--out", "runs/scores"]) == 0
     assert "format_ood" in capsys.readouterr().out
     scores = json.loads((folder / "runs/scores/eval.json").read_text())
-    assert scores["average"] == pytest.approx(rows("runs/first")[-1]["eval/average"], abs=1e-6)
+    assert scores["average"] == pytest.approx(rows("runs/first")[-2]["eval/average"], abs=1e-6)
     assert [p.name for p in (folder / "runs/scores").iterdir()] == ["eval.json"]
     assert train.cli([*RUN, "--eval_only", "--model", str(train.newest_checkpoint("runs/first"))]) == 0   # an HF folder
 
