@@ -45,7 +45,7 @@ SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
+    p = argparse.ArgumentParser(usage="python train.py [--flag value ...]     (--help explains every flag)", description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("recipe")
     g.add_argument("--signal", choices=SIGNALS, default="none", help="supervision beside the reward (see supervision.py): none = "
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     g.add_argument("--kl", choices=KLS, default="k3", help="estimator of the KL to the reference model")
     g.add_argument("--kl_weight", type=float, default=0.0, help="0 = no reference model at all (the paper: 1e-4)")
     g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, default=5e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
+    g.add_argument("--lr", type=float, default=7e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
     g.add_argument("--sft_lr", type=float, default=5e-4, help="learning rate of SFT updates (the paper: 1e-5 or 1e-6)")
     g.add_argument("--sft_batch", type=int, default=32, help="demonstrations per SFT step, over all processes")
     g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")
@@ -479,11 +479,10 @@ def main(argv=None):
     # ---- data and signal --------------------------------------------------------------------------------------------
     tasks = [t for c in TRAIN_CATEGORIES for t in make_tasks("train", c, -(-a.train_tasks // 3))][:a.train_tasks]
     for task, syntax in [(t, a.syntax) for t in tasks] + sum(sets.values(), []):
-        if (n := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
-            raise UserError(f"the prompt of {task.id} has {n} tokens, which leaves no room for an answer within "
+        if (length := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
+            raise UserError(f"the prompt of {task.id} has {length} tokens, which leaves no room for an answer within "
                             f"--max_total_tokens {a.max_total_tokens}; raise it.")
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
-
     probed = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
     probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in probed] if rank == 0 and a.probe_every > 0 else []
 
@@ -607,7 +606,8 @@ def main(argv=None):
                 done.append(m | optimizer_step(model, optimizer, a.max_grad_norm, m["sft_loss"]))
             if signal.skipped:
                 say(f"step {step:4d}  WARNING: {signal.skipped} row(s) left out: the judge failed, or the text was too long")
-            row |= {"sft_rows": len(rows), "sft_rows_left_out": signal.skipped, "sft_updates": total, "skipped_updates": sum(m["skipped_updates"] for m in done)}
+            row |= {"sft_rows": len(rows), "sft_rows_left_out": signal.skipped, "sft_updates": total,
+                    "skipped_updates": sum(m["skipped_updates"] for m in done)}
             row |= {k: mean(m[k] for m in done) for k in ("sft_loss", "grad_norm")} if done else {}
             n["sft_steps"] += total
 
