@@ -1,6 +1,7 @@
 """analyze_tokens.py -- reading a run: control-token probabilities, what the messages became, and the verdict. Floor 3.
 
-    python analyze_tokens.py runs/a runs/b        scores, states and probabilities over time, and the verdict, of each run folder
+    python analyze_tokens.py --markdown runs/*          one table row per run
+    python analyze_tokens.py runs/a runs/b     scores, states and probabilities over time, and the verdict, of each run
 
     1. probe      control-token probabilities in the right and in the wrong places, teacher-forced (train.py: --probe_every)
     2. states     the shares of the message states in one batch of rollouts (train.py logs them every step)
@@ -25,10 +26,10 @@ def mean(values):
 
 
 def read_rows(out):
-    """The rows of a run's metrics.jsonl; a last line that was cut in the middle (the run is going on, or was killed) is left out."""
-    path = Path(out) / "metrics.jsonl"
+    """The rows of a run's metrics.jsonl. A last line that was cut in the middle (the run goes on, or was killed) is left out."""
+    path = Path(out) if str(out).endswith(".jsonl") else Path(out) / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"{out} holds no metrics.jsonl; name a run folder.")
+        raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
     lines, rows = path.read_text().splitlines(), []
     for i, line in enumerate(lines):
         try:
@@ -40,8 +41,8 @@ def read_rows(out):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. The probe. Ground-truth conversations that never change, one forward pass, no sampling: so a moving number is the model's
-#    doing. Every position where the assistant speaks is a slot, and each control token is legal in one kind of slot only:
+# 1. The probe. Ground-truth conversations that never change, one forward pass, no sampling: a moving number is the model's
+#    doing alone. Every position where the assistant speaks is a slot, and each control token is legal in one kind of slot only:
 #
 #      call   the first token of a message that should be a call     legal: <tool_call>
 #      text   the first token of a message that should be text       <tool_call> here is the spike of the paper
@@ -155,7 +156,9 @@ def table(columns):
     """{"before": {"base": .1}, "after": {"base": .3}} -> a text table, one line per score"""
     names = list(next(iter(columns.values())))
     lines = [" " * 18 + "".join(f"{c:>10s}" for c in columns)]
-    return "\n".join(lines + [f"{name:18s}" + "".join(f"{100 * col[name]:9.1f}%" for col in columns.values()) for name in names])
+    for name in names:
+        lines.append(f"{name:18s}" + "".join(f"{100 * column[name]:9.1f}%" for column in columns.values()))
+    return "\n".join(lines)
 
 
 def summary(out):
@@ -173,9 +176,10 @@ def summary(out):
         text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
     probes = [r for r in rows if "p/open|text" in r]
     if len(probes) > 1:
-        text.append("P(<tool_call> where text should begin) {:.4f} -> {:.4f}; P(end right after <tool_call>) {:.4f} -> {:.4f}; ground-truth "
-                    "calls still\nthe model's first choice, token by token: {:.2f} -> {:.2f}.".format(
-                        *(probes[i][name] for name in ("p/open|text", "p/end|open", "p/calls_exact") for i in (0, -1))))
+        for name, meaning in (("p/open|text", "P(<tool_call> where text should begin)"),
+                              ("p/end|open", "P(end right after <tool_call>)"),
+                              ("p/calls_exact", "ground-truth calls that are the model's first choice, token by token")):
+            text.append(f"{probes[0][name]:.4f} -> {probes[-1][name]:.4f}   {meaning}")
     return "\n".join(text)
 
 
@@ -194,11 +198,30 @@ def timeline(rows, points=12):
     return "\n".join(lines)
 
 
+def markdown(paths, window=5):
+    """One row per run, from the raw rows: README's tables are made (and tested) with this."""
+    lines = ["| run | reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | clean replies: first, lowest "
+             "| collapse |", "|---|---|---|---|---|"]
+    for path in paths:
+        rows = read_rows(path)
+        rolled, probes = [r for r in rows if "reward" in r], [r["p/open|text"] for r in rows if "p/open|text" in r]
+        smooth = lambda name: [mean(r[name] for r in rolled[i:i + window]) for i in range(len(rolled) - window + 1)]
+        reward, replies, found = smooth("reward"), smooth("state/reply"), collapse(rows, window)
+        name = Path(path).stem if str(path).endswith(".jsonl") else Path(path).name
+        lines.append(f"| {name} | {reward[0]:.2f}, {max(reward):.2f}, {reward[-1]:.2f} | {probes[0]:.3f}, {max(probes):.3f} | "
+                     f"{replies[0]:.2f}, {min(replies):.2f} | {'step ' + str(found['step']) if found else 'no'} |")
+    return "\n".join(lines)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs?")
-    p.add_argument("runs", nargs="+", help="run folders")
-    status = 0
-    for out in p.parse_args(argv).runs:
+    p.add_argument("runs", nargs="+", help="run folders, or metrics.jsonl files")
+    p.add_argument("--markdown", action="store_true", help="one table row per run (means over 5 steps)")
+    a, status = p.parse_args(argv), 0
+    if a.markdown:
+        print(markdown(a.runs))
+        return 0
+    for out in a.runs:
         print(f"== {out}")
         try:
             print(timeline(read_rows(out)), summary(out), sep="\n\n", end="\n\n")

@@ -34,11 +34,11 @@ class Span:
 class Episode:
     """One conversation, as tokens.
 
-                 <|im_start|>user\\nread ...assistant\\n  <tool_call> ... <|im_end|>   \\n<|im_start|>user ... assistant\\n   Done .  <|im_end|>
-      ids        [1, 44, 9, 87,        ... 45, 9,        5, 9, ... 2,                9, 1, 44, ...        45, 9,        61, 30, 2 ]
-      mask       [0, 0,  0, 0,         ... 0,  0,        1, 1, ... 1,                0, 0, 0,  ...        0,  0,        1,  1,  1 ]
-      logprobs   [0, 0,  0, 0,         ... 0,  0,      -.1, 0, ... -.01,             0, 0, 0,  ...        0,  0,      -.3, -.1, -.02]
-      spans      [prompt                          ] [model, state="call"        ] [tool                          ] [model, "reply"]
+                 <|im_start|>user \\n read .. assistant \\n  <tool_call> .. <|im_end|>  \\n .. result .. assistant \\n  Done  .  <|im_end|>
+      ids        [1,         44,  9, 87, .. 45,        9,  3,          .. 2,          9, ..           45,        9,  61,  30,  2]
+      mask       [0,          0,  0,  0, ..  0,        0,  1,          .. 1,          0, ..            0,        0,   1,   1,  1]
+      logprobs   [0,          0,  0,  0, ..  0,        0, -.1,         .. -.01,       0, ..            0,        0, -.3, -.1, -.02]
+      spans      [prompt                             ] [model, "call"         ]  [tool                          ] [model, "reply"]
 
     mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing ids: the end token
     that the model sampled is inside, one that the code had to add is not."""
@@ -159,7 +159,7 @@ class Request:
     key: int                                     # which conversation
     ids: list                                    # the whole conversation so far
     limit: int                                   # at most so many new tokens
-    seed: tuple                                  # the randomness of this message, e.g. (seed, step, group, sample, n-th message)
+    seed: tuple                                  # of this message: (seed, step, group, sample, n-th message)
 
 
 class SlotCache:
@@ -213,7 +213,7 @@ class HFEngine:
     def __init__(self, model, stop_ids):
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
-            raise UserError(f"this sampler keeps a cache for full attention only, and the model has {', '.join(sorted(kinds))} layers; "
+            raise UserError(f"the sampler's cache is for full attention, and this model has {', '.join(sorted(kinds))} layers; "
                             "use another model.")
         self.model, self.stop_ids = model, stop_ids
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
@@ -414,5 +414,7 @@ def retokenized(chat, episode):
     parts = []
     for s in episode.spans:
         ids = episode.ids[s.start:s.end]
-        parts.append((chat.message(chat.tokenizer.decode(ids, skip_special_tokens=True)) if s.who == "model" else ids, None))
+        if s.who == "model":
+            ids = chat.message(chat.tokenizer.decode(ids, skip_special_tokens=True))
+        parts.append((ids, None))
     return _copy_with(episode, parts)

@@ -11,7 +11,7 @@ phases (interleaved), or as one more term of each RL update (synchronous).
 
     1. demonstrations   ground truth as Episodes
     2. hints            HBG's text
-    3. reflections      PRS's texts: a judge's view of a trajectory (deterministic here, any OpenAI-compatible server on real data)
+    3. reflections      PRS's texts: a judge's view of a trajectory (embedded here, any OpenAI-compatible server on real data)
     4. the signals
     5. the embedded base model, which is itself made by supervision alone
 """
@@ -57,8 +57,8 @@ def demonstrate(chat, task, a, limits, **kw):
 
 def hint(task, syntax):
     """-> 'Notes that may help:\\nturn 1: <tool_call>...' """
-    return "\n".join(["Notes that may help:"] + [
-        f"turn {i}: {write_calls(turn.calls, syntax) if turn.calls else 'no call is right'}" for i, turn in enumerate(task.turns, 1)])
+    calls = [write_calls(turn.calls, syntax) if turn.calls else "no call is right" for turn in task.turns]
+    return "\n".join(["Notes that may help:"] + [f"turn {i}: {text}" for i, text in enumerate(calls, 1)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def reflect_whole(task, episode, syntax):
     lines = []
     for t, turn in enumerate(task.turns):
         why = cause(task, episode, t, syntax)
-        lines += [f"turn {t + 1} is right"] if why is None else [f"turn {t + 1} is not right: {why}", f"right: {right(turn, syntax)}"]
+        lines.append(f"turn {t + 1} is right" if why is None else f"turn {t + 1} is not right: {why}\nright: {right(turn, syntax)}")
     return "\n".join(lines)
 
 

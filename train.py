@@ -45,14 +45,15 @@ SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(usage="python train.py [--flag value ...]     (--help explains every flag)", description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
+    p = argparse.ArgumentParser(usage="python train.py [--flag value ...]     (--help explains every flag)",
+                                description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("recipe")
     g.add_argument("--signal", choices=SIGNALS, default="none", help="supervision beside the reward (see supervision.py): none = "
                    "vanilla GRPO, sft = demonstrations, ops = ground truth in the group, hbg = hints, ets = ground truth of "
                    "failed tasks, prs = ets + reflections")
     g.add_argument("--schedule", choices=SCHEDULES, default="rl", help="when which update runs (see `what`)")
-    g.add_argument("--steps", type=int, default=100, help="RL steps")
+    g.add_argument("--steps", type=int, default=80, help="RL steps")
     g.add_argument("--sft_steps", type=int, default=30, help="SFT steps of the schedules sft and sft_then_rl")
     g.add_argument("--seed", type=int, default=0, help="seed of the task order and of all sampling")
     g = p.add_argument_group("schedules interleaved and synchronous")
@@ -117,7 +118,7 @@ def parse_args(argv=None):
     g.add_argument("--kl", choices=KLS, default="k3", help="estimator of the KL to the reference model")
     g.add_argument("--kl_weight", type=float, default=0.0, help="0 = no reference model at all (the paper: 1e-4)")
     g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, default=7e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
+    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
     g.add_argument("--sft_lr", type=float, default=5e-4, help="learning rate of SFT updates (the paper: 1e-5 or 1e-6)")
     g.add_argument("--sft_batch", type=int, default=32, help="demonstrations per SFT step, over all processes")
     g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")
@@ -371,8 +372,8 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
 
 
 # What may differ between a run and its resumption: nothing that changes a number.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device", "micro_tokens", "eval_only",
-                  "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
+FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device",
+                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
 
 
 def check_run(a):
@@ -550,9 +551,10 @@ def main(argv=None):
             model.train()
             if a.retokenize:
                 episodes = [retokenized(chat, e) for e in episodes]
-            foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and not a.hint_in_update)]
+            unhinted = a.signal == "hbg" and not a.hint_in_update
+            foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)]
             gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens)])
-            if a.signal == "hbg":
+            if unhinted:
                 row["hint_log_ratio"] = mean(gaps)                           # log p(token | hint) - log p(token | no hint)
 
             # ---- advantages: compared with the own group ----------------------------------------------------------------

@@ -203,7 +203,7 @@ def test_analyze_reads_runs(folder, capsys):
     assert out.count("No collapse") == 2 and "before     after" in out and "polluted" in out
     assert analyze_tokens.main(["runs/bad", "runs/nothing", "runs/first"]) == 2
     seen = capsys.readouterr()
-    assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err and "runs/nothing holds no metrics" in seen.err
+    assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err and "runs/nothing/metrics.jsonl does not exist" in seen.err
     assert "== runs/first" in seen.out and "No collapse" in seen.out
 
 
