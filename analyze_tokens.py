@@ -1,12 +1,14 @@
 """analyze_tokens.py -- reading a run: control-token probabilities, what the messages became, and the verdict. Floor 3.
 
-    python analyze_tokens.py --markdown runs/*          one table row per run
-    python analyze_tokens.py runs/a runs/b     scores, states and probabilities over time, and the verdict, of each run
+    python analyze_tokens.py --markdown runs/*           one table row per run
+    python analyze_tokens.py --plot a.png runs/a runs/b  reward, states and the open tag's probability on one time axis
+    python analyze_tokens.py runs/a runs/b               scores, states over time and the verdict of each run
 
     1. probe      control-token probabilities in the right and in the wrong places, teacher-forced (train.py: --probe_every)
     2. states     the shares of the message states in one batch of rollouts (train.py logs them every step)
     3. collapse   did the reward fall for good, and what had the messages become by then?
-    4. texts      the line per step, the closing summary, the timeline
+    4. texts      the line per step, the closing summary, the timeline, a table row
+    5. picture    the same, drawn
 """
 import argparse
 import json
@@ -198,36 +200,80 @@ def timeline(rows, points=12):
     return "\n".join(lines)
 
 
-def markdown(paths, window=5):
-    """One row per run, from the raw rows: README's tables are made (and tested) with this."""
-    lines = ["| run | reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | clean replies: first, lowest "
-             "| collapse |", "|---|---|---|---|---|"]
-    for path in paths:
+HEADER = """| run | reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | clean replies: first, lowest | collapse |
+|---|---|---|---|---|"""
+
+
+def table_row(path, window=5):
+    """One run as a row of README's tables (a test makes them again from the raw rows); means over `window` steps."""
+    rows = read_rows(path)
+    rolled, probes = [r for r in rows if "reward" in r], [r["p/open|text"] for r in rows if "p/open|text" in r]
+    if len(rolled) < window or not probes:
+        raise UserError(f"{path} has {len(rolled)} RL steps and {len(probes)} probes; a table row needs {window} and 1.")
+    smooth = lambda name: [mean(r[name] for r in rolled[i:i + window]) for i in range(len(rolled) - window + 1)]
+    reward, replies, found = smooth("reward"), smooth("state/reply"), collapse(rows, window)
+    return (f"| {Path(path).stem} | {reward[0]:.2f}, {max(reward):.2f}, {reward[-1]:.2f} | {probes[0]:.3f}, {max(probes):.3f} | "
+            f"{replies[0]:.2f}, {min(replies):.2f} | {'step ' + str(found['step']) if found else 'no'} |")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Picture. Readable in black and white: the states differ in hatching as well as in grey value.
+FILLS = {"call": ("#1b5e9b", ""), "reply": ("#9ec9ea", ""), "polluted": ("#e08214", "///"), "collapsed": ("#7f3b08", "xx"),
+         "empty": ("#cccccc", ".."), "cut": ("#666666", "--")}
+
+
+def draw(paths, png):
+    """One column per run: reward; shares of the message states, stacked; P(open tag) where text should begin."""
+    import matplotlib                            # here, because training does not need it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(3, len(paths), figsize=(1 + 3.2 * len(paths), 6.2), sharex="col", sharey="row", squeeze=False,
+                             height_ratios=[1, 1.4, 1])
+    for (top, middle, bottom), path in zip(axes.T, paths):
         rows = read_rows(path)
-        rolled, probes = [r for r in rows if "reward" in r], [r["p/open|text"] for r in rows if "p/open|text" in r]
-        smooth = lambda name: [mean(r[name] for r in rolled[i:i + window]) for i in range(len(rolled) - window + 1)]
-        reward, replies, found = smooth("reward"), smooth("state/reply"), collapse(rows, window)
-        name = Path(path).stem if str(path).endswith(".jsonl") else Path(path).name
-        lines.append(f"| {name} | {reward[0]:.2f}, {max(reward):.2f}, {reward[-1]:.2f} | {probes[0]:.3f}, {max(probes):.3f} | "
-                     f"{replies[0]:.2f}, {min(replies):.2f} | {'step ' + str(found['step']) if found else 'no'} |")
-    return "\n".join(lines)
+        rolled, probes, found = [r for r in rows if "reward" in r], [r for r in rows if "p/open|text" in r], collapse(rows)
+        steps = [r["step"] for r in rolled]
+        top.plot(steps, [r["reward"] for r in rolled], color="#999999", lw=0.8)
+        top.plot(steps, [mean(r["reward"] for r in rolled[max(0, i - 4):i + 1]) for i in range(len(rolled))], color="black")
+        middle.stackplot(steps, [[r[f"state/{s}"] for r in rolled] for s in STATES], labels=STATES,
+                         colors=[FILLS[s][0] for s in STATES], hatch=[FILLS[s][1] for s in STATES], edgecolor="white", lw=0.2)
+        bottom.plot([r["step"] for r in probes], [r["p/open|text"] for r in probes], "k.-", lw=1)
+        bottom.set_yscale("log")
+        for ax in (top, middle, bottom) if found else ():
+            ax.axvline(found["step"], color="black", ls=":", lw=1.2)
+        top.set_title(f"{Path(path).stem}{': collapse at step ' + str(found['step']) if found else ''}", fontsize=9)
+        bottom.set_xlabel("step")
+    axes[0, 0].set_ylabel("reward\n(grey: per step, black: mean of 5)", fontsize=8)
+    axes[1, 0].set_ylabel("share of messages", fontsize=8)
+    axes[2, 0].set_ylabel("P(<tool_call>)\nwhere text should begin", fontsize=8)
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES), fontsize=8, frameon=False)
+    fig.tight_layout(rect=(0, 0.04, 1, 1))
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs?")
     p.add_argument("runs", nargs="+", help="run folders, or metrics.jsonl files")
-    p.add_argument("--markdown", action="store_true", help="one table row per run (means over 5 steps)")
+    p.add_argument("--markdown", action="store_true", help="one table row per run")
+    p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     a, status = p.parse_args(argv), 0
     if a.markdown:
-        print(markdown(a.runs))
-        return 0
+        print(HEADER)
+    drawn = []
     for out in a.runs:
-        print(f"== {out}")
         try:
-            print(timeline(read_rows(out)), summary(out), sep="\n\n", end="\n\n")
+            if a.plot:
+                drawn += [out] if [r for r in read_rows(out) if "reward" in r] else []
+            elif a.markdown:
+                print(table_row(out))
+            else:
+                print(f"== {out}", timeline(read_rows(out)), summary(out), sep="\n\n", end="\n\n")
         except UserError as error:                                   # say it, and go on with the other runs
             print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
             status = 2
+    if drawn:
+        draw(drawn, a.plot)
     return status
 
 

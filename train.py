@@ -290,6 +290,7 @@ def load_policy(a, rank, device):
 
 
 def build_tiny(a, path):
+    print(f"pre-training the embedded model: {a.base_steps + a.base_noisy_steps} steps, once; it stays in {path}", flush=True)
     model, tokenizer = pretrain_tiny(a)
     publish(path, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
 
@@ -456,8 +457,6 @@ def main(argv=None):
 
     # ---- model ------------------------------------------------------------------------------------------------------
     checkpoint = None if a.eval_only else rank0_first(rank, lambda: check_run(a))
-    if a.model == "tiny":
-        say("model: the embedded one (the first run pre-trains it and keeps it under runs/)")
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
     control_ids = [i for token, i in chat.tokenizer.get_added_vocab().items() if token in CONTROL]
@@ -663,7 +662,7 @@ def record_episodes(path, step, chat, episodes, rank):
 
 
 def cli(argv=None):
-    """main, with user mistakes as one sentence and exit status 2"""
+    """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130"""
     try:
         main(argv)
         return 0
@@ -671,6 +670,9 @@ def cli(argv=None):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

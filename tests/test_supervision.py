@@ -305,8 +305,7 @@ def test_interleaved_resumes_to_the_same_numbers(folder, monkeypatch):
                 raise KeyboardInterrupt
             real(path, row, rank)
         monkeypatch.setattr(train, "append_line", stumble)
-        with pytest.raises(KeyboardInterrupt):
-            train.cli([*args, "--out", "runs/i-cut", *(["--resume"] if stop == 4 else [])])
+        assert train.cli([*args, "--out", "runs/i-cut", *(["--resume"] if stop == 4 else [])]) == 130
     monkeypatch.setattr(train, "append_line", real)
     assert train.cli([*args, "--out", "runs/i-cut", "--resume"]) == 0
     assert rows("runs/i-cut") == rows("runs/i-whole")

@@ -205,6 +205,9 @@ def test_analyze_reads_runs(folder, capsys):
     seen = capsys.readouterr()
     assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err and "runs/nothing/metrics.jsonl does not exist" in seen.err
     assert "== runs/first" in seen.out and "No collapse" in seen.out
+    assert analyze_tokens.main(["--plot", "runs/picture.png", "runs/first", "runs/bad", "runs/half"]) == 2   # draws the rest
+    assert (folder / "runs/picture.png").read_bytes().startswith(b"\x89PNG")
+    assert "runs/bad" in capsys.readouterr().err
 
 
 # --- two processes -----------------------------------------------------------------------------------------------------
