@@ -1,12 +1,15 @@
 """What each signal puts into the loss, by literal episodes: which rows, which masks, which ids, which tasks."""
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import RUN, rows
+from conftest import ROOT, RUN, rows
 from test_losses import close, gradients
 
 import rl_step
@@ -380,6 +383,16 @@ def test_a_signal_and_a_loss_from_outside(folder, monkeypatch):
                       "runs/outside"]) == 0
     steps = [r for r in rows("runs/outside") if "phase" in r]
     assert all(r["sft_tokens"] > 0 for r in steps)
+
+
+def test_the_example_of_readme_runs(folder):
+    """The code block of "Add your own signal", copied out of README and started as README says."""
+    code = (ROOT / "README.md").read_text().split("```python\n# my_signal.py\n")[1].split("```")[0]
+    assert code.count("\n") <= 30
+    (folder / "my_signal.py").write_text(code)
+    done = subprocess.run([sys.executable, "my_signal.py", "--signal", "best_of", "--schedule", "synchronous", *RUN, "--steps", "1",
+                           "--out", "runs/readme"], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "rl+sft" in done.stdout, done.stderr
 
 
 def test_without_hint_keeps_everything_else(chat, task):
