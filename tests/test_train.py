@@ -28,7 +28,7 @@ def weights(out):
 
 
 def command(*args, n=None, **kw):
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "29611", "--"] if n else [
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "--"] if n else [
         sys.executable]
     return subprocess.run([*head, str(ROOT / "train.py"), *args], capture_output=True, text=True, timeout=240, **kw)
 
