@@ -118,7 +118,7 @@ def reflect_whole(task, episode, syntax):
 def reflect_error(task, episode, syntax):
     """The embedded judge, text (b), about the turn that failed."""
     turn, rng = task.turns[episode.failed_turn], random.Random(f"{task.id} {episode.failed_turn}")
-    tool = (turn.calls or [(rng.choice(sorted(task.docs or DOCS[task.apps[0]])), {})])[-1][0]
+    tool = turn.calls[-1][0] if turn.calls else rng.choice(sorted(task.docs))
     app = TOOL_APP[tool]
     lines = [f"cause: {cause(task, episode, episode.failed_turn, syntax) or 'the state is not right'}",
              f"fix: {right(turn, syntax)}", "similar:"]
@@ -193,6 +193,8 @@ class Judge:
         for attempt in range(self.retries + 1):
             try:
                 answer = self._request(prompt)
+                if not answer:                   # must not reach the cache, where it would stay for good
+                    raise ValueError("an empty answer")
                 break
             except (OSError, ValueError, KeyError, IndexError, TypeError):
                 if attempt == self.retries:
@@ -228,10 +230,10 @@ class Signal:
         return "policy"
 
     def observe(self, step, episodes):
-        """Called after every rollout with the step's Episodes of ALL processes."""
+        """Called after every rollout with the step's Episodes of ALL processes, in order of (group, sample)."""
 
     def rows(self):
-        """Episodes to train with cross-entropy now. Must be the same list on every process."""
+        """Episodes to train with cross-entropy now. Called on process 0 only; the others get a copy of the list."""
         return []
 
     def state(self):
@@ -310,7 +312,7 @@ class PRS(ETS):
 
     def observe(self, step, episodes):
         super().observe(step, episodes)
-        for e in sorted(episodes, key=lambda e: e.group_id):
+        for e in episodes:
             if e.sample == 1:
                 self.kept.append([step, e.task_id, e.failed_turn, [[s.turn, s.who, s.text, s.state] for s in e.spans]])
         self.kept = [k for k in self.kept if k[0] > step - self.a.ets_window]

@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import mean, one_line, probe, rollout_metrics, summary, table
+from analyze_tokens import mean, one_line, probe, read_rows, rollout_metrics, summary, table
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
@@ -372,7 +372,7 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
         shutil.rmtree(folder / f"step-{old}")
 
 
-# What may differ between a run and its resumption: nothing that changes a number.
+# What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device",
                   "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
 
@@ -400,14 +400,8 @@ def run_config(a):
 
 def cut_log(path, step):
     """Drop the lines of steps that the resumed run will do again (and a last line that was cut in the middle)."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    write_atomically(path, "".join(kept))
+    rows = read_rows(path) if path.exists() else []
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -438,8 +432,6 @@ def evaluate(model, chat, sets, a, rank, world):
 
 def limits_of(a):
     return Limits(a.max_messages, a.max_message_tokens, a.max_total_tokens, a.max_observation_tokens)
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -586,7 +578,11 @@ def main(argv=None):
 
         elif "sft" in parts:
             # ---- one cross-entropy update on a batch of the signal's rows -----------------------------------------------
-            rows = endless(rank0_first(rank, signal.rows), n["rows"], a.sft_batch, f"{a.seed} rows")
+            rows = rank0_first(rank, signal.rows)
+            if not rows:
+                raise UserError(f"--signal {a.signal} has no rows at step {step}, and this step trains nothing else; use a "
+                                "schedule that begins with RL.")
+            rows = endless(rows, n["rows"], a.sft_batch, f"{a.seed} rows")
             set_lr(optimizer, a.sft_lr * warm)
             model.train()
             m = sft_backward(model, rows[rank::world], micro_tokens=a.micro_tokens)

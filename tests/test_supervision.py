@@ -202,7 +202,7 @@ def test_a_success_has_no_error_reflection(chat, task):
 @pytest.fixture
 def server():
     """A local OpenAI-compatible server that can fail on demand."""
-    state = SimpleNamespace(calls=[], fail=0)
+    state = SimpleNamespace(calls=[], fail=0, empty=False)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -212,7 +212,7 @@ def server():
                 state.fail -= 1
                 self.send_error(500)
                 return
-            out = json.dumps({"choices": [{"message": {"content": "because " + body["messages"][0]["content"][:9]}}]}).encode()
+            out = json.dumps({"choices": [{"message": {"content": None if state.empty else "because " + body["messages"][0]["content"][:9]}}]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(out)))
             self.end_headers()
@@ -245,6 +245,9 @@ def test_judge(server, tmp_path, chat, task, monkeypatch):
     assert len(server.calls) == 3                                  # nothing is paid for twice, also after an interruption
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
+    server.empty = True                                            # an empty answer is a failure, and is not kept
+    assert signal.rows() == [] and not list((tmp_path / "cache").iterdir())
+    server.empty = False
     server.fail = 100                                              # down in mid-run: the rows are lost, the run is not
     assert signal.rows() == [] and signal.skipped == 2
     server.fail = 100
@@ -374,6 +377,14 @@ class BestOf(Signal):
 
     def rows(self):
         return self.best
+
+
+def test_a_signal_without_rows_is_one_sentence(folder, monkeypatch, capfd):
+    class Nothing(Signal):
+        schedules = ("sft",)
+    monkeypatch.setitem(supervision.SIGNALS, "nothing", Nothing)
+    assert train.cli([*RUN, "--signal", "nothing", "--schedule", "sft", "--out", "runs/nothing-to-train"]) == 2
+    assert "--signal nothing has no rows at step 0" in capfd.readouterr().err
 
 
 def test_a_signal_and_a_loss_from_outside(folder, monkeypatch):

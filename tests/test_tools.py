@@ -185,7 +185,7 @@ def test_hostile_calls_are_observations():
     env = Env(two_turns())
     for name, args in [("__init__", {"rng": 0}), ("balance", {}), ("pay_money", {}), ("pay_money", {"to": [], "amount": "x"}),
                        ("pay_money", {"to": {}, "amount": 1e999}), ("nothing", {}), ("read_file", {"name": "plan"})]:
-        assert "Error: " in env.step(parse(write_calls([(name, args)]))) or name == "pay_money"
+        assert "\nError: " in env.step(parse(write_calls([(name, args)])))
     assert vars(env.apps["bank"]) == vars(env.truth["bank"])
 
 

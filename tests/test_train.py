@@ -100,6 +100,17 @@ def test_resume_before_the_first_checkpoint(folder):
     assert train.cli([*args, "--resume"]) == 0 and rows("runs/early") == whole
 
 
+def test_a_damaged_log_is_refused_and_kept(folder, capfd):
+    """Half a last line is normal after a kill; a damaged line in the middle is not, and must not cost the lines behind it."""
+    args = [*RUN, "--steps", "1", "--out", "runs/log"]
+    assert train.cli(args) == 0
+    log = folder / "runs/log/metrics.jsonl"
+    text = "x" + log.read_text()
+    log.write_text(text)
+    assert train.cli([*args, "--resume"]) == 2 and "line 1 of runs/log/metrics.jsonl is damaged" in capfd.readouterr().err
+    assert log.read_text() == text
+
+
 def test_eval_only(folder, capsys):
     capsys.readouterr()
     assert train.cli([*RUN, "--eval_only", "--model", "runs/first", "--out", "runs/scores"]) == 0
