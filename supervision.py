@@ -89,10 +89,11 @@ def cause(task, episode, t, syntax):
     if not spans:
         return "the turn was never reached"
     said, wanted = [c for s in spans for c in parse(s.text, syntax).calls], task.turns[t].calls
-    if said == wanted:
-        return None
+    # first of all the form: with lenient closing the reward does not see it, so the reflection is the only one to say it
     if any(s.state in ("polluted", "collapsed", "empty", "cut") for s in spans):
         return "a message is not a complete call and not a clean reply"
+    if said == wanted:
+        return None
     if not wanted:
         return "a call where no call is right"
     if not said:

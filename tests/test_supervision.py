@@ -191,6 +191,12 @@ def test_causes(chat, task, script, phrase):
     assert supervision.cause(task, e, 1, "A") is None
 
 
+def test_reflection_sees_the_format_that_the_reward_does_not(chat, task):
+    e = play(chat, Env(task), [[PAY, "<tool_call>"], [CHECK, "Done."]], LIMITS)
+    assert e.reward == 1                                           # lenient closing: worth as much as a reply
+    assert supervision.reflect_whole(task, e, "A").startswith("turn 1 is not right: a message is not a complete call")
+
+
 def test_a_success_has_no_error_reflection(chat, task):
     signal = PRS(options(signal="prs", schedule="synchronous", ets_window=2), chat, [task], LIMITS)
     e = play(chat, Env(task), demonstration(task), LIMITS, group_id=0, sample=1)
