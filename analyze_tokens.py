@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from sft_step import micro_batches
-from tools import OPEN, STATES, UserError
+from tools import CLOSE, OPEN, STATES, UserError
 
 
 def mean(values):
@@ -46,51 +46,78 @@ def read_rows(out):
 # 1. The probe. Ground-truth conversations that never change, one forward pass, no sampling: a moving number is the model's
 #    doing alone. Every position where the assistant speaks is a slot, and each control token is legal in one kind of slot only:
 #
-#      call   the first token of a message that should be a call     legal: <tool_call>
-#      text   the first token of a message that should be text       <tool_call> here is the spike of the paper
-#      open   right after <tool_call>                                the end token here is the collapsed message
-#      last   where the message should end                           legal: the end token
-#      inside everything else                                        neither
+#      call     the first token of a message that should be a call     legal: <tool_call>
+#      text     the first token of a message that should be text       <tool_call> here is the spike of the paper
+#      open     right after <tool_call>                                the end token here is the collapsed message
+#      in_call  inside a call      in_text  inside a text
+#      close    where a call should close                              legal: </tool_call>
+#      last     where the message should end                           legal: the end token
+SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
+LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right
+
+
+def token_classes(chat):
+    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [ids that spell only punctuation]}; the rest is content"""
+    added, out = chat.tokenizer.get_added_vocab(), {}
+    ids = {"open": added[OPEN], "close": added[CLOSE], "end": chat.end_id, "start": added.get("<|im_start|>")}
+    out = {name: [] if i is None else [i] for name, i in ids.items()}
+    texts = chat.tokenizer.batch_decode([[i] for i in range(len(chat.tokenizer))])
+    return out | {"json": [i for i, text in enumerate(texts) if text.strip() and not set(text) - set(' \n{}[]()":,=\'')]}
+
+
+def slots(chat, row):
+    """A ground-truth Episode -> [(position, slot)] of every token that the assistant says; the logits that predict it stand
+    one position before."""
+    close, out = chat.tokenizer.get_added_vocab()[CLOSE], []
+    for s in row.spans:
+        for t in range(s.start, s.end) if s.who == "model" else ():
+            is_call = s.state == "call"
+            out.append((t, ("call" if is_call else "text") if t == s.start else "last" if t == s.end - 1 else
+                        "close" if row.ids[t] == close else "open" if is_call and t == s.start + 1 else
+                        "in_call" if is_call else "in_text"))
+    return out
 
 
 @torch.no_grad()
-def probe(model, chat, rows, max_tokens=16_384, chunk=4096):
+def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None):
     """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., "p/calls_exact": ..., ...}
 
-      p/open|text        P(<tool_call>) where text should begin;  p/open|call where a call should begin (healthy: near 1)
-      p/end|open         P(end) right after <tool_call>;          p/end|last where a message should end (healthy: near 1)
-      p/open|inside, p/end|inside                                 both tokens in the middle of messages
+      p/CLASS|SLOT       mean probability of the class (open, close, end, start, json, content) in that kind of slot:
+                         p/open|text  is P(<tool_call>) where text should begin; p/open|call is healthy near 1
+      p/CLASS|off        the same over ALL slots where that control token is not legal
       p/short_circuit    p/open|text * p/end|open: the probability of the collapsed message in a place for text
       p/calls_exact      share of ground-truth calls whose every token is the model's first choice: can it still use tools?
       p/log_likelihood   mean log p of the ground truth"""
     model.eval()
-    open_id, total, exact, log_likelihood = chat.tokenizer.get_added_vocab()[OPEN], {}, [], []
+    classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
     for batch in micro_batches(rows, max_tokens):
         width = max(len(r.ids) for r in batch)
         ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in batch], device=model.device)         # [B, T]
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                       # [B, T, D]
-        where = [(b, t, s) for b, r in enumerate(batch) for s in r.spans if s.who == "model" for t in range(s.start, s.end)]
+        where = [(b, t, slot) for b, r in enumerate(batch) for t, slot in slots(chat, r)]
         h = hidden[[b for b, _, _ in where], [t - 1 for _, t, _ in where]]                                   # [N, D]
         target = ids[[b for b, _, _ in where], [t for _, t, _ in where]]                                     # [N]
-        right, p_open, p_end = [], [], []
+        right, p = [], []
         for part, wanted in zip(h.split(chunk), target.split(chunk)):
             logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                        # [n, V]
             log_likelihood += logp.gather(1, wanted[:, None])[:, 0].tolist()
             right += (logp.argmax(-1) == wanted).tolist()
-            p_open += logp[:, open_id].exp().tolist()
-            p_end += logp[:, chat.end_id].exp().tolist()
-        calls = {}                               # {(row, start of a call's span): every token right so far?}
-        for (b, t, s), ok, po, pe in zip(where, right, p_open, p_end):
-            is_call = batch[b].ids[s.start] == open_id
-            slot = (("call" if is_call else "text") if t == s.start else "last" if t == s.end - 1 else
-                    "open" if is_call and t == s.start + 1 else "inside")
-            total.setdefault(f"p/open|{slot}", []).append(po)
-            total.setdefault(f"p/end|{slot}", []).append(pe)
-            if is_call:
-                calls[b, s.start] = calls.get((b, s.start), True) and (ok or t == s.start)   # the open tag itself is given
-        exact += calls.values()
-    out = {name: mean(total.get(name, [])) for name in ("p/open|call", "p/open|text", "p/open|inside", "p/end|open",
-                                                        "p/end|last", "p/end|inside")}
+            p += torch.stack([logp[:, c].exp().sum(-1) for c in classes.values()], -1).tolist()              # [n, 5]
+        ok_calls = {}                            # {(row, start of a call): every token right so far?}
+        for (b, t, slot), ok, values in zip(where, right, p):
+            for name, value in [*zip(classes, values), ("content", 1 - sum(values))]:
+                total.setdefault(f"p/{name}|{slot}", []).append(value)
+                if name in LEGAL and slot != LEGAL[name]:
+                    total.setdefault(f"p/{name}|off", []).append(value)
+            if slot == "call":                   # its first token is given: calling at all is p/open|call
+                ok_calls[b, t], start = True, t
+            elif slot in ("open", "in_call", "close") or (slot == "last" and (b, start) in ok_calls):
+                ok_calls[b, start] &= ok
+            if slot == "text":
+                start = t
+        exact += ok_calls.values()
+    names = [f"p/{c}|{s}" for c in (*classes, "content") for s in SLOTS] + [f"p/{c}|off" for c in LEGAL]
+    out = {name: mean(total.get(name, [])) for name in names}
     return out | {"p/short_circuit": out["p/open|text"] * out["p/end|open"], "p/calls_exact": mean(exact),
                   "p/log_likelihood": mean(log_likelihood)}
 
@@ -116,7 +143,29 @@ def rollout_metrics(done):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Collapse
+# 3. Collapse, and the alarm before it
+
+
+class Alarm:
+    """On after `checks` values in a row above factor x baseline (the mean of the first 3 values), off after as many below half
+    of that: hysteresis, so that one odd probe neither rings nor silences it.
+
+    Alarm(3, 2).update(v) for v in .02 .02 .02 .07 .05 .07 .08 .04 .02 .02  ->  on from .08 on (two above .06), off at the
+    last value (two below .03)"""
+
+    def __init__(self, factor, checks):
+        self.factor, self.checks, self.first, self.run, self.on = factor, checks, [], 0, False
+
+    def update(self, value):
+        if len(self.first) < 3:
+            self.first.append(value)
+            return self.on
+        limit = self.factor * mean(self.first)
+        against = value > limit if not self.on else value < limit / 2        # a value that speaks for a change
+        self.run = self.run + 1 if against else 0
+        if self.run == self.checks:
+            self.on, self.run = not self.on, 0
+        return self.on
 
 
 def collapse(rows, window=5):

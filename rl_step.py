@@ -102,6 +102,23 @@ def kl_penalty(logp, ref, kind="k3"):
     return (d.exp() - d - 1).clamp(-10, 10)
 
 
+def pressure(adv, p, target, malformed, ids):
+    """Where does the push on a control token's logit come from? The policy gradient (ratio 1) moves logit k at place t by
+
+        d/dlogit_k  A_t log p(x_t)  =  A_t (1[x_t = k] - p_t(k))
+
+    so a token is pushed where it was sampled, by A (1 - p), and where something else was sampled, by -A p: a NEGATIVE
+    advantage on other tokens raises it too. adv, target [N], malformed [N] (the token's message is not clean), p [N, K]
+    -> [K, 4] sums over the tokens:   sampled in a clean message | sampled in a malformed one | not sampled, A > 0 | A < 0"""
+    k = target[:, None] == torch.tensor(ids, device=target.device)                                   # [N, K]
+    g, a = adv[:, None] * (k.float() - p), adv[:, None]                                              # [N, K], [N, 1]
+    bad = malformed[:, None]
+    return torch.stack([(g * part).sum(0) for part in (k & ~bad, k & bad, ~k & (a > 0), ~k & (a < 0))], -1)
+
+
+PRESSURES = ("clean", "malformed", "others_up", "others_down")       # the four columns, as metrics: push/open|clean, ...
+
+
 @torch.no_grad()
 def recompute_logprobs(model, rows, micro_tokens=16_384):
     """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
@@ -109,7 +126,7 @@ def recompute_logprobs(model, rows, micro_tokens=16_384):
     ratio p(token | hint) / p(token | no hint) that the update ignores."""
     gap, n = 0.0, 0
     for batch in micro_batches(rows, micro_tokens):
-        logp, _, _ = token_logprobs(model, batch)
+        logp, *_ = token_logprobs(model, batch)
         values = iter(logp.tolist())
         for r in batch:
             before = sum(r.logprobs)
@@ -119,25 +136,27 @@ def recompute_logprobs(model, rows, micro_tokens=16_384):
 
 
 def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, kl="k3", kl_weight=0.0, reference=None,
-                shaped=False, masked_ids=(), micro_tokens=16_384, max_tokens=2048):
+                shaped=False, masked_ids=(), watch=None, micro_tokens=16_384, max_tokens=2048):
     """Adds the gradient of  sum(policy loss) / n + kl_weight * sum(KL) / n_tokens  to .grad.
 
     rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no policy
     gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the count n, otherwise the
     step size would depend on how many groups happened to be mixed.
-    shaped: ground-truth rows use the shaped ratio. masked_ids: tokens that a NEGATIVE advantage does not push."""
+    shaped: ground-truth rows use the shaped ratio. masked_ids: tokens that a NEGATIVE advantage does not push.
+    watch: {"open": id, "end": id}, whose pressure (see above) is measured on the way, per trained token."""
     device = model.device
     n_tokens, n_rows = reduce_sum([sum(sum(r.mask) for r in rows), len(rows)], device)
     n = normaliser(loss, n_tokens, n_rows, max_tokens)
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
-    sums = torch.zeros(7, dtype=torch.float64)
+    watch, sums = watch or {}, torch.zeros(7, dtype=torch.float64)
+    push = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64)
     for batch in micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)):
         batch_rows = [r for r, _ in batch]
-        logp, entropy, row = token_logprobs(model, batch_rows)                                       # [N] each
+        logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
         old = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)   # [N]
         a = torch.tensor([a for _, a in batch], device=device)[row]                                  # [N]
+        target = torch.tensor([t for r in batch_rows for t, m in zip(r.ids, r.mask) if m], device=device)       # [N]
         if masked_ids:
-            target = torch.tensor([t for r in batch_rows for t, m in zip(r.ids, r.mask) if m], device=device)   # [N]
             a = torch.where((a < 0) & torch.isin(target, torch.tensor(masked_ids, device=device)), 0.0, a)
         truth = torch.tensor([r.source == "truth" for r in batch_rows], device=device)[row] if shaped else None  # [N]
         lengths = torch.tensor([float(sum(r.mask)) for r in batch_rows], device=device)              # [B]
@@ -146,15 +165,20 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
         kl_t = torch.zeros_like(logp)
         if kl_weight > 0:
             with torch.no_grad():
-                ref, _, _ = token_logprobs(reference, batch_rows)
+                ref, *_ = token_logprobs(reference, batch_rows)
             kl_t = kl_penalty(logp, ref, kl)
             total = total + kl_weight * kl_t.sum() / n_tokens
         total.backward()
+        if watch:
+            malformed = torch.tensor([s.state not in ("call", "reply") for r in batch_rows for s in r.spans
+                                      if s.who == "model" for _ in range(s.start, s.end)], device=device)       # [N]
+            push += pressure(a, watched, target, malformed, list(watch.values())).double().cpu()
         with torch.no_grad():
             sums += torch.stack([total, was_clipped.sum(), entropy.sum(), (logp - old).abs().sum(),
                                  kl_penalty(logp, old).sum(), kl_t.sum(), torch.tensor(float(len(logp)), device=device)]
                                 ).double().cpu()
-    total, was_clipped, entropy, gap, kl_sampler, kl_ref, tokens = reduce_sum(sums.tolist(), device)
-    m = max(tokens, 1.0)
-    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / m,
-            "kl_sampler": kl_sampler / m, "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens}
+    total, was_clipped, entropy, gap, kl_sampler, kl_ref, tokens, *push = reduce_sum(
+        [*sums.tolist(), *push.flatten().tolist()], device)
+    m, names = max(tokens, 1.0), [f"push/{name}|{part}" for name in watch for part in PRESSURES]
+    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / m, "kl_sampler": kl_sampler / m,
+            "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens} | {k: v / n_tokens for k, v in zip(names, push)}

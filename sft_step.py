@@ -34,18 +34,20 @@ def micro_batches(rows, max_tokens, length=lambda row: len(row.ids)):
     return batches
 
 
-def _logp_chunk(hidden, weight, target):
-    """hidden [n, D], weight [V, D], target [n] -> log p(target) [n], entropy [n]"""
+def _logp_chunk(hidden, weight, target, watch):
+    """hidden [n, D], weight [V, D], target [n], watch [K] ids -> log p(target) [n], entropy [n], p(watch) [n, K]"""
     logits = (hidden @ weight.T).float()                             # [n, V], softmax in fp32 whatever the model's dtype
     log_z = torch.logsumexp(logits, -1)                              # [n]
     logp = logits.gather(1, target[:, None])[:, 0] - log_z           # log softmax(logits)[target]
     with torch.no_grad():                                            # H = -sum p log p = log Z - sum p * logit
         entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
-    return logp, entropy
+        watched = (logits[:, watch] - log_z[:, None]).exp()
+    return logp, entropy, watched
 
 
-def token_logprobs(model, rows, chunk=2048):
-    """rows with .ids and .mask (Episodes) -> logp [N], entropy [N], row [N] = which row each trained token belongs to.
+def token_logprobs(model, rows, chunk=2048, watch=()):
+    """rows with .ids and .mask (Episodes) -> logp [N], entropy [N], row [N] = which row each trained token belongs to, and
+    watched [N, K] = the probabilities of the K token ids `watch` at the same places (no gradient; see rl_step.pressure).
 
     ids   [[7, 8, 9], [7, 5]]          the log-probability of token t comes from the hidden state at t - 1,
     mask  [[0, 1, 1], [0, 1]]    ->    logp = [log p(8 | 7), log p(9 | 7 8), log p(5 | 7)], row = [0, 0, 1]
@@ -63,13 +65,11 @@ def token_logprobs(model, rows, chunk=2048):
     target = ids[:, 1:][mask[:, 1:]]                                                                 # [N]
     row = torch.arange(len(rows), device=device)[:, None].expand(-1, width - 1)[mask[:, 1:]]         # [N]
     weight = model.get_output_embeddings().weight                                                    # [V, D]
-    logp, entropy = [], []
-    for h, t in zip(hidden.split(chunk), target.split(chunk)):
-        one = (checkpoint(_logp_chunk, h, weight, t, use_reentrant=False) if torch.is_grad_enabled()
-               else _logp_chunk(h, weight, t))
-        logp.append(one[0])
-        entropy.append(one[1])
-    return torch.cat(logp), torch.cat(entropy), row
+    watch = torch.tensor(list(watch), dtype=torch.long, device=device)
+    parts = [checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False) if torch.is_grad_enabled()
+             else _logp_chunk(h, weight, t, watch) for h, t in zip(hidden.split(chunk), target.split(chunk))]
+    logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
+    return logp, entropy, row, watched
 
 
 def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
@@ -78,7 +78,7 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     n, = reduce_sum([sum(sum(r.mask) for r in rows)], model.device)
     total = 0.0
     for batch in micro_batches(rows, micro_tokens):
-        logp, _, row = token_logprobs(model, batch)                  # [N]
+        logp, _, row, _ = token_logprobs(model, batch)               # [N]
         row_weight = torch.tensor([r.weight for r in batch], device=model.device)[row]               # [N]
         loss = -weight * (row_weight * logp).sum() / n
         loss.backward()

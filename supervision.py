@@ -7,7 +7,7 @@ A signal may contribute three things, or none of them (the class Signal: vanilla
     rows()             Episodes to train with cross-entropy now, each with a .weight
 
 The SCHEDULE (train.py, `what`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases between RL
-phases (interleaved), or as one more term of each RL update (synchronous).
+phases (interleaved), when the alarm rings (adaptive), or as one more term of each RL update (synchronous).
 
     1. demonstrations   ground truth as Episodes
     2. hints            HBG's text
@@ -247,7 +247,7 @@ class Signal:
 
 class SFT(Signal):
     """Ground-truth demonstrations of all training tasks."""
-    schedules = ("sft", "sft_then_rl", "interleaved", "synchronous")
+    schedules = ("sft", "sft_then_rl", "interleaved", "synchronous", "adaptive")
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -277,7 +277,7 @@ class HBG(Signal):
 class ETS(SFT):
     """Erroneous trajectory supervision: the ground truth of the tasks that failed in the last --ets_window RL steps.
     --ets_rule all: every rollout of the task in the window failed (the paper); any: one did (the paper's code)."""
-    schedules = ("interleaved", "synchronous")
+    schedules = ("interleaved", "synchronous", "adaptive")
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -58,7 +58,7 @@ def test_chunked_logprobs_values_and_gradients(model, chunk):
     weights = torch.linspace(-1, 1, sum(sum(r.mask) for r in rows))
     expected, expected_entropy = reference_logprobs(model, rows)
     _, plain = gradients(model, lambda m: (reference_logprobs(m, rows)[0].float() * weights).sum().backward())
-    logp, entropy, row = token_logprobs(model, rows, chunk)
+    logp, entropy, row, _ = token_logprobs(model, rows, chunk)
     assert torch.allclose(logp.double(), expected, atol=1e-5) and torch.allclose(entropy.double(), expected_entropy, atol=1e-4)
     assert row.tolist() == [i for i, r in enumerate(rows) for m in r.mask if m]
     _, ours = gradients(model, lambda m: (token_logprobs(m, rows, chunk)[0] * weights).sum().backward())
