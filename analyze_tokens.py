@@ -11,15 +11,20 @@
     5. picture    the same, drawn
 """
 import argparse
+import copy
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sft_step import micro_batches
-from tools import CLOSE, OPEN, STATES, UserError
+from rollout import Chat, HFEngine, Limits, begin, play, rollout
+from sft_step import micro_batches, optimizer_step, sft_backward
+from tools import CATEGORIES, CLOSE, CONTROL, OPEN, STATES, Env, UserError, demonstration, make_tasks, parse
 
 
 def mean(values):
@@ -126,6 +131,11 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None):
 # 2. States
 
 
+def is_clean(states):
+    """["call", "reply"] -> True: every message is a complete call or plain text. The lenient reward does not ask for that."""
+    return not set(states) - {"call", "reply"}
+
+
 def rollout_metrics(done):
     """[(group id, reward, states, status, sampled tokens, source)] of all ranks -> the metrics of one batch of rollouts.
     Ground truth in the group counts for mixed_groups, because it takes part in the advantage, and for nothing else."""
@@ -135,7 +145,7 @@ def rollout_metrics(done):
     mixed = mean(len(set(rewards)) > 1 for rewards in groups.values())           # the others teach nothing
     done = [d for d in done if d[5] != "truth"]
     states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
-    return {"reward": mean(d[1] for d in done), "mixed_groups": mixed,
+    return {"reward": mean(d[1] for d in done), "reward_clean": mean(d[1] * is_clean(d[2]) for d in done), "mixed_groups": mixed,
             **{f"state/{s}": states[s] / max(states.total(), 1) for s in STATES},
             "no_call": mean("call" not in d[2] for d in done),
             "messages": states.total() / len(done), "message_tokens": sum(d[4] for d in done) / max(states.total(), 1),
@@ -266,7 +276,189 @@ def table_row(path, window=5):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Picture. Readable in black and white: the states differ in hatching as well as in grey value.
+# 5. The autopsy of a checkpoint. It fails; but what exactly is broken? Each line replaces one thing and plays the test
+#    tasks again, so that it separates "lost the ability" from "puts a control token into the wrong place".
+
+
+def load(path):
+    """A run folder (its newest checkpoint) or a Hugging Face folder -> model, Chat, the run's flags ({} if there are none)"""
+    path = Path(path)
+    run = next((p for p in (path, *path.parents[:2]) if (p / "config.json").exists() and (p / "metrics.jsonl").exists()), None)
+    if path == run:
+        if not (path / "checkpoints" / "latest").exists():
+            raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
+        path = path / "checkpoints" / (path / "checkpoints" / "latest").read_text().strip()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        chat = Chat(AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
+    return model, chat, json.loads((run / "config.json").read_text()) if run else {}
+
+
+def success(model, chat, tasks, syntax, closing, limits, temperature=0.0, rule=None):
+    """-> share of the tasks that are solved, played freely"""
+    engine, envs = HFEngine(model, chat.stop_ids), [Env(task, syntax, closing) for task in tasks]
+    engine.rule = rule
+    begun = [begin(chat, env, g) for g, env in enumerate(envs)]
+    return mean(e.reward for e in rollout(engine, chat, envs, limits, begun, seed=(0,), temperature=temperature))
+
+
+def two_rules(chat):
+    """No weights change: the end token is forbidden right after <tool_call>, and <tool_call> once a text has begun."""
+    open_id = chat.tokenizer.get_added_vocab()[OPEN]
+
+    def rule(logits, said):                      # [n, V], the n messages so far
+        for row, ids in enumerate(said):
+            if ids and ids[-1] == open_id:
+                logits[row, list(chat.stop_ids)] = -torch.inf
+            if ids and ids[0] != open_id:
+                logits[row, open_id] = -torch.inf
+        return logits
+    return rule
+
+
+class Swapped:
+    """Two models that speak as one: the DONOR decides about the tokens `ids`, the HOST about everything else.
+
+        p(k) = p_donor(k)                                              k in ids
+        p(k) = p_host(k) (1 - p_donor(ids)) / (1 - p_host(ids))        all other k
+
+    Both read the same conversation; their keys and values stand in one SlotCache, the donor's layers behind the host's.
+    It has the five names that HFEngine asks a model for."""
+
+    def __init__(self, host, donor, ids):
+        self.host, self.donor, self.ids, self.device = host, donor, ids, host.device
+        self.n = host.config.num_hidden_layers
+        self.config = SimpleNamespace(num_hidden_layers=self.n + donor.config.num_hidden_layers)
+
+    def eval(self):
+        pass
+
+    def get_decoder(self):
+        def body(past_key_values, **kw):
+            behind = SimpleNamespace(update=lambda k, v, layer, *a, **b: past_key_values.update(k, v, layer + self.n),
+                                     get_seq_length=lambda *a: 0)
+            two = [m.get_decoder()(past_key_values=cache, **kw).last_hidden_state
+                   for m, cache in ((self.host, past_key_values), (self.donor, behind))]
+            return SimpleNamespace(last_hidden_state=torch.cat(two, -1))                             # [n, c, 2 D]
+        return body
+
+    def get_output_embeddings(self):
+        def head(hidden):
+            one, two = hidden.chunk(2, -1)
+            p = torch.softmax(self.host.get_output_embeddings()(one).double(), -1)                   # [n, V]
+            q = torch.softmax(self.donor.get_output_embeddings()(two).double(), -1)[:, self.ids]     # [n, K]
+            p[:, self.ids] = 0
+            p *= (1 - q.sum(-1, keepdim=True)) / p.sum(-1, keepdim=True).clamp(min=1e-30)
+            p[:, self.ids] = q
+            return p.log()
+        return head
+
+
+@torch.no_grad()
+def knows(model, chat, tasks, syntax, limits):
+    """Teacher-forced: with the ground truth up to a point given, is every further token of the call (up to its last brace,
+    without the closing tag) the model's first choice?   -> shares for the three points [<tool_call>, the name's start, its end]"""
+    hits = []
+    for task in tasks:
+        row = play(chat, Env(task, syntax), demonstration(task, syntax), limits)
+        logits = model(torch.tensor([row.ids], device=model.device)).logits[0]                       # [T, V]
+        for s in row.spans:
+            if s.state != "call":
+                continue
+            name = parse(s.text, syntax).calls[0][0]
+            lengths = [len(chat.text(row.ids[s.start:t + 1])) for t in range(s.start, s.end)]         # characters said by t
+            stop = max(s.text.rfind("}"), s.text.rfind(")")) + 1
+            ok = {t: bool(logits[t - 1].argmax() == row.ids[t]) for t in range(s.start + 1, s.end)
+                  if lengths[t - s.start - 1] < stop}
+            points = (0, s.text.index(name), s.text.index(name) + len(name))
+            hits.append([all(right for t, right in ok.items() if lengths[t - s.start - 1] >= point) for point in points])
+    return [mean(column) for column in zip(*hits)]
+
+
+def repaired(model, chat, tasks, syntax, limits, steps, lr, score, only=None):
+    """A copy of the model, `steps` cross-entropy steps on 32 ground-truth conversations each -> score(copy).
+    only: train only where these token ids stand."""
+    model, rows = copy.deepcopy(model).train(), [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks]
+    for row in rows if only else ():
+        row.mask = [m * (i in only) for m, i in zip(row.mask, row.ids)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        metrics = sft_backward(model, [rows[(32 * step + i) % len(rows)] for i in range(32)])
+        optimizer_step(model, optimizer, 1.0, metrics["sft_loss"])
+    return score(model.eval())
+
+
+@torch.no_grad()
+def risers(model, base, chat, rows, top=5):
+    """Which tokens gained most probability where they do not belong, of ALL the vocabulary?
+    -> [(token, mean probability before, after)]; a place counts for every token but the right one"""
+    means = []
+    for m in (base, model):
+        total, n = 0, 0
+        for row in rows:
+            where = [t for t, _ in slots(chat, row)]
+            p = torch.softmax(m(torch.tensor([row.ids], device=m.device)).logits[0][[t - 1 for t in where]].float(), -1)
+            p[range(len(where)), [row.ids[t] for t in where]] = 0
+            total, n = total + p.sum(0), n + len(where)
+        means.append(total / n)                                                                      # [V]
+    best = (means[1] - means[0]).topk(top).indices.tolist()
+    return [(chat.text([i]), means[0][i].item(), means[1][i].item()) for i in best]
+
+
+def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
+    """-> {"line of the report": number}; printed by --autopsy, a JSON file with --json"""
+    (model, chat, flags), (base, _, _) = load(path), load(against)
+    syntax, closing = flags.get("syntax", "A"), flags.get("closing", "lenient")
+    limits = Limits(flags.get("max_messages", 16), flags.get("max_message_tokens", 64), flags.get("max_total_tokens", 1024),
+                    flags.get("max_observation_tokens", 256))
+    pick = lambda split: [t for c in CATEGORIES[:3] for t in make_tasks(split, c, n_tasks if split == "test" else 100)]
+    tasks, train, other = pick("test"), pick("train"), "B" if syntax == "A" else "A"
+    score = lambda m, s=syntax, **kw: success(m, chat, tasks, s, closing, limits, **kw)
+    added = chat.tokenizer.get_added_vocab()
+    control = sorted({added[token] for token in CONTROL if token in added} | {chat.end_id})
+    said = sorted({i for t in train for r in [play(chat, Env(t, syntax), demonstration(t, syntax), limits)]
+                   for i, m in zip(r.ids, r.mask) if m} - set(control))
+    draws = [random.Random(f"swap {k}").sample(said, len(control)) for k in range(3)]
+    out = {}
+
+    def note(name, value):
+        out[name] = value
+        print(f"{value:8.3f}   {name}", flush=True)
+
+    for who, m in (("base", base), ("model", model)):
+        note(f"{who}: solves test tasks, greedy", score(m))
+        note(f"{who}: solves test tasks, sampled", score(m, temperature=1.0))
+        note(f"{who}: solves them in syntax {other}, greedy", score(m, other))
+        for s in (syntax, other):
+            for point, value in zip(("the open tag", "the name's start", "the name's end"), knows(m, chat, tasks, s, limits)):
+                note(f"{who}: teacher-forced, syntax {s}, calls right from {point} on", value)
+    note("model, two rules (no end after <tool_call>, no <tool_call> inside text)", score(model, rule=two_rules(chat)))
+    note("model, control tokens decided by base", score(Swapped(model, base, control)))
+    note("model, as many other tokens decided by base (mean of 3 draws)", mean(score(Swapped(model, base, d)) for d in draws))
+    note("base, control tokens decided by model", score(Swapped(base, model, control)))
+    note("base, as many other tokens decided by model (mean of 3 draws)", mean(score(Swapped(base, model, d)) for d in draws))
+    patched = copy.deepcopy(model)
+    with torch.no_grad():
+        patched.get_output_embeddings().weight[control] = base.get_output_embeddings().weight[control]
+    note("model, output rows of the control tokens from base", score(patched))
+    for steps in (1, 2, 4, 8, 16):
+        note(f"model after {steps} SFT step(s)", repaired(model, chat, train, syntax, limits, steps, sft_lr, score))
+    for steps in (4, 16):
+        note(f"model after {steps} SFT steps on control tokens only",
+             repaired(model, chat, train, syntax, limits, steps, sft_lr, score, set(control)))
+    moved = (model.get_output_embeddings().weight - base.get_output_embeddings().weight).detach().norm(dim=-1)      # [V]
+    for token in (OPEN, CLOSE, chat.text([chat.end_id])):
+        note(f"drift of the output row of {token}, in medians of all rows", (moved[added[token]] / moved.median()).item())
+    rows = [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks]
+    for token, before, after in risers(model, base, chat, rows):
+        note(f"misplaced {token!r}: mean probability, base {before:.4f}", after)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Pictures. Readable in black and white: the states differ in hatching as well as in grey value.
 FILLS = {"call": ("#1b5e9b", ""), "reply": ("#9ec9ea", ""), "polluted": ("#e08214", "///"), "collapsed": ("#7f3b08", "xx"),
          "empty": ("#cccccc", ".."), "cut": ("#666666", "--")}
 
@@ -305,14 +497,20 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs?")
     p.add_argument("runs", nargs="+", help="run folders, or metrics.jsonl files")
     p.add_argument("--markdown", action="store_true", help="one table row per run")
+    p.add_argument("--autopsy", metavar="BASE", help="what exactly is broken in these runs' newest checkpoints, compared with the "
+                   "model folder BASE (that they started from): minutes on two cores")
+    p.add_argument("--json", metavar="FILE", help="with --autopsy: write the numbers there too")
     p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     a, status = p.parse_args(argv), 0
     if a.markdown:
         print(HEADER)
-    drawn = []
+    drawn, found = [], {}
     for out in a.runs:
         try:
-            if a.plot:
+            if a.autopsy:
+                print(f"== {out}")
+                found[str(out)] = autopsy(out, a.autopsy)
+            elif a.plot:
                 drawn += [out] if [r for r in read_rows(out) if "reward" in r] else []
             elif a.markdown:
                 print(table_row(out))
@@ -323,6 +521,8 @@ def main(argv=None):
             status = 2
     if drawn:
         draw(drawn, a.plot)
+    if found and a.json:
+        Path(a.json).write_text(json.dumps(found, indent=1))
     return status
 
 

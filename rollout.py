@@ -216,6 +216,7 @@ class HFEngine:
             raise UserError(f"the sampler's cache is for full attention, and this model has {', '.join(sorted(kinds))} layers; "
                             "use another model.")
         self.model, self.stop_ids = model, stop_ids
+        self.rule = None                         # constrained decoding: rule(logits [n, V], [ids said so far]) -> logits
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.reset()
 
@@ -290,6 +291,8 @@ class HFEngine:
         live = len(requests)
         while True:
             logits = self.head(hidden).float()                                                      # [n, V]
+            if self.rule:
+                logits = self.rule(logits, [out[k][0] for k in self.keys[:live]])
             logp = torch.log_softmax(logits / (temperature or 1.0), -1)
             if temperature == 0:
                 token = logp.argmax(-1)

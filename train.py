@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import Alarm, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes
+from analyze_tokens import Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
@@ -443,7 +443,8 @@ def evaluation_sets(a):
 
 
 def evaluate(model, chat, sets, a, rank, world):
-    """-> {"base": .12, ..., "average": .10, "content_ood": .02, "format_ood": .2, "state/call": .5, ...}"""
+    """-> {"base": .12, ..., "average": .10, "average_clean": .08 (solved, and every message clean), "content_ood": .02,
+    "format_ood": .2, "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     envs = [env for _, env in work]
     episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
@@ -451,6 +452,7 @@ def evaluate(model, chat, sets, a, rank, world):
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
+    result["average_clean"] = mean(r * is_clean(states) for name, r, states in done if name in CATEGORIES)
     states = Counter(s for name, _, states in done if name in CATEGORIES for s in states)
     return result | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 
@@ -674,7 +676,7 @@ def credit(e, a, step):
     """The number that the advantage is made of; the metric `reward` stays the task's (--reward)."""
     if a.reward == "random":
         return float(random.Random(f"{a.seed} {step} {e.group_id} {e.sample}").random() < 0.2)
-    return e.reward + 0.5 * (a.reward == "format" and not set(e.states) - {"call", "reply"})
+    return e.reward + 0.5 * (a.reward == "format" and is_clean(e.states))
 
 
 def endless(items, start, n, seed):
