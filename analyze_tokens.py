@@ -12,6 +12,7 @@
 """
 import argparse
 import copy
+import csv
 import json
 import random
 import sys
@@ -23,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import Chat, HFEngine, Limits, begin, play, rollout
-from sft_step import micro_batches, optimizer_step, sft_backward
+from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
 from tools import CATEGORIES, CLOSE, CONTROL, OPEN, STATES, Env, UserError, demonstration, make_tasks, parse
 
 
@@ -33,10 +34,15 @@ def mean(values):
 
 
 def read_rows(out):
-    """The rows of a run's metrics.jsonl. A last line that was cut in the middle (the run goes on, or was killed) is left out."""
-    path = Path(out) if str(out).endswith(".jsonl") else Path(out) / "metrics.jsonl"
+    """The rows of a run's metrics.jsonl, or of a study's CSV (the same, merged by step). A last line that was cut in the middle
+    (the run goes on, or was killed) is left out."""
+    path = Path(out) if str(out).endswith((".jsonl", ".csv")) else Path(out) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
+    if path.suffix == ".csv":
+        with open(path, newline="") as f:
+            return [{k: v if k == "phase" else float(v) if set(v) & set(".en") else int(v) for k, v in row.items() if v}
+                    for row in csv.DictReader(f)]
     lines, rows = path.read_text().splitlines(), []
     for i, line in enumerate(lines):
         try:
@@ -84,7 +90,7 @@ def slots(chat, row):
 
 
 @torch.no_grad()
-def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None):
+def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=None):
     """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., "p/calls_exact": ..., ...}
 
       p/CLASS|SLOT       mean probability of the class (open, close, end, start, json, content) in that kind of slot:
@@ -92,7 +98,9 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None):
       p/CLASS|off        the same over ALL slots where that control token is not legal
       p/short_circuit    p/open|text * p/end|open: the probability of the collapsed message in a place for text
       p/calls_exact      share of ground-truth calls whose every token is the model's first choice: can it still use tools?
-      p/log_likelihood   mean log p of the ground truth"""
+      p/log_likelihood   mean log p of the ground truth
+      p/kl               with `start` (truth_logprobs of the model that the run started from): mean of exp(d) - d - 1 over the
+                         ground truth's tokens, d = log p_start - log p: how far has the model moved?"""
     model.eval()
     classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
     for batch in micro_batches(rows, max_tokens):
@@ -114,17 +122,26 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None):
                 total.setdefault(f"p/{name}|{slot}", []).append(value)
                 if name in LEGAL and slot != LEGAL[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
+            if slot in ("call", "text"):
+                begun = t
             if slot == "call":                   # its first token is given: calling at all is p/open|call
-                ok_calls[b, t], start = True, t
-            elif slot in ("open", "in_call", "close") or (slot == "last" and (b, start) in ok_calls):
-                ok_calls[b, start] &= ok
-            if slot == "text":
-                start = t
+                ok_calls[b, t] = True
+            elif (b, begun) in ok_calls:
+                ok_calls[b, begun] &= ok
         exact += ok_calls.values()
     names = [f"p/{c}|{s}" for c in (*classes, "content") for s in SLOTS] + [f"p/{c}|off" for c in LEGAL]
     out = {name: mean(total.get(name, [])) for name in names}
+    if start:
+        d = torch.tensor(start) - torch.tensor(log_likelihood)                                               # [N]
+        out["p/kl"] = (d.clamp(max=20).exp() - d - 1).mean().item()
     return out | {"p/short_circuit": out["p/open|text"] * out["p/end|open"], "p/calls_exact": mean(exact),
                   "p/log_likelihood": mean(log_likelihood)}
+
+
+@torch.no_grad()
+def truth_logprobs(model, rows, max_tokens=16_384):
+    """-> log p of every token that the assistant says in `rows`, in probe's order"""
+    return [x for batch in micro_batches(rows, max_tokens) for x in token_logprobs(model, batch)[0].tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,7 +512,7 @@ def draw(paths, png):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs?")
-    p.add_argument("runs", nargs="+", help="run folders, or metrics.jsonl files")
+    p.add_argument("runs", nargs="+", help="run folders, or their rows (metrics.jsonl, .csv)")
     p.add_argument("--markdown", action="store_true", help="one table row per run")
     p.add_argument("--autopsy", metavar="BASE", help="what exactly is broken in these runs' newest checkpoints, compared with the "
                    "model folder BASE (that they started from): minutes on two cores")

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes
+from analyze_tokens import Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
@@ -491,9 +491,6 @@ def main(argv=None):
     if a.judge_url and a.signal == "prs":
         rank0_first(rank, lambda: Judge(a).check())
     reference = load_model(start_from, a, device)[0].eval().requires_grad_(False) if a.kl_weight > 0 else None
-    if checkpoint:
-        model, chat = load_model(checkpoint, a, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
 
     # ---- data and signal --------------------------------------------------------------------------------------------
     tasks = [t for c in TRAIN_CATEGORIES for t in make_tasks("train", c, -(-a.train_tasks // 3))][:a.train_tasks]
@@ -504,7 +501,11 @@ def main(argv=None):
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
     shown = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
     probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in shown] if rank == 0 and a.probe_every > 0 else []
-    classes, alarm = token_classes(chat), Alarm(a.alarm_factor, a.alarm_checks)
+    at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
+    alarm = Alarm(a.alarm_factor, a.alarm_checks)
+    if checkpoint:
+        model, chat = load_model(checkpoint, a, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
 
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
@@ -536,7 +537,7 @@ def main(argv=None):
         probed = a.probe_every > 0 and (step == last or step % a.probe_every == 0)
         n["alarm"] = copy.deepcopy(vars(alarm))  # as a checkpoint of this step must hold it: before this probe
         if probed:
-            row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes))
+            row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes, start=at_start))
             if a.alarm not in row:
                 raise UserError(f"--alarm {a.alarm} is not a metric of the probe; it has {', '.join(row)}.")
             rang = alarm.on

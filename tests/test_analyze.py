@@ -2,14 +2,14 @@
 import pytest
 import torch
 
-from analyze_tokens import Alarm, probe, token_classes
+from analyze_tokens import Alarm, probe, token_classes, truth_logprobs
 from rollout import Limits, play
 from tools import Env, demonstration, make_tasks
 
 
 def test_probe_slots_and_values(model, chat):
     rows = [play(chat, Env(t), demonstration(t), Limits(16, 64, 1024, 256)) for t in make_tasks("test", "miss_param", 3)]
-    out = probe(model, chat, rows, max_tokens=600, chunk=7)
+    out = probe(model, chat, rows, max_tokens=600, chunk=7, start=truth_logprobs(model, rows, 600))
     ids = {c: chat.tokenizer.convert_tokens_to_ids(t) for c, t in
            {"open": "<tool_call>", "close": "</tool_call>", "end": "<|im_end|>", "start": "<|im_start|>"}.items()}
     expected, exact, likelihood = {}, [], []
@@ -40,6 +40,7 @@ def test_probe_slots_and_values(model, chat):
         assert out[name] == pytest.approx(mean(expected[name]), rel=1e-4), name
     for slot in ("call", "text", "open", "in_call", "in_text", "close", "last"):     # the six classes cover the vocabulary
         assert sum(out[f"p/{c}|{slot}"] for c in ("open", "close", "end", "start", "json", "content")) == pytest.approx(1, abs=1e-5)
+    assert out["p/kl"] == pytest.approx(0, abs=1e-6)                                 # the model has not moved
     assert out["p/short_circuit"] == pytest.approx(out["p/open|text"] * out["p/end|open"])
     assert out["p/calls_exact"] == mean(exact) and out["p/log_likelihood"] == pytest.approx(mean(likelihood), rel=1e-4)
 
