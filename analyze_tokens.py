@@ -65,6 +65,8 @@ def read_rows(out):
 #      last     where the message should end                           legal: the end token
 SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
 LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right
+PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *(f"p/{c}|off" for c in LEGAL), "p/short_circuit",
+          "p/calls_exact", "p/log_likelihood", "p/kl")
 
 
 def token_classes(chat):
@@ -129,8 +131,7 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
             elif (b, begun) in ok_calls:
                 ok_calls[b, begun] &= ok
         exact += ok_calls.values()
-    names = [f"p/{c}|{s}" for c in (*classes, "content") for s in SLOTS] + [f"p/{c}|off" for c in LEGAL]
-    out = {name: mean(total.get(name, [])) for name in names}
+    out = {name: mean(total.get(name, [])) for name in PROBED if "|" in name}
     if start:
         d = torch.tensor(start) - torch.tensor(log_likelihood)                                               # [N]
         out["p/kl"] = (d.clamp(max=20).exp() - d - 1).mean().item()
@@ -516,6 +517,7 @@ def main(argv=None):
     p.add_argument("--markdown", action="store_true", help="one table row per run")
     p.add_argument("--autopsy", metavar="BASE", help="what exactly is broken in these runs' newest checkpoints, compared with the "
                    "model folder BASE (that they started from): minutes on two cores")
+    p.add_argument("--autopsy_tasks", type=int, default=30, help="test tasks per category there")
     p.add_argument("--json", metavar="FILE", help="with --autopsy: write the numbers there too")
     p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     a, status = p.parse_args(argv), 0
@@ -526,7 +528,7 @@ def main(argv=None):
         try:
             if a.autopsy:
                 print(f"== {out}")
-                found[str(out)] = autopsy(out, a.autopsy)
+                found[str(out)] = autopsy(out, a.autopsy, a.autopsy_tasks)
             elif a.plot:
                 drawn += [out] if [r for r in read_rows(out) if "reward" in r] else []
             elif a.markdown:

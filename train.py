@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
+from analyze_tokens import PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
@@ -193,6 +193,8 @@ def parse_args(argv=None):
     if a.schedule == "interleaved" and a.signal in ("ets", "prs") and a.ets_window > min(phases(a)[:-1], default=a.ets_window):
         p.error(f"--ets_window {a.ets_window} is longer than the shortest RL phase before an SFT phase "
                 f"({min(phases(a)[:-1])} steps); lower it, or raise --steps")
+    if a.alarm not in PROBED:
+        p.error(f"--alarm {a.alarm} is not a metric of the probe; it has {', '.join(PROBED)}")
     if a.probe_every < 0 and (a.stop_on_alarm or a.schedule == "adaptive"):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
     if a.signal == "prs" and a.group < 2:
@@ -538,8 +540,6 @@ def main(argv=None):
         n["alarm"] = copy.deepcopy(vars(alarm))  # as a checkpoint of this step must hold it: before this probe
         if probed:
             row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes, start=at_start))
-            if a.alarm not in row:
-                raise UserError(f"--alarm {a.alarm} is not a metric of the probe; it has {', '.join(row)}.")
             rang = alarm.on
             if alarm.update(row[a.alarm]) and not rang:
                 say(f"step {step:4d}  ALARM: {a.alarm} is {row[a.alarm]:.3g}, at first {mean(alarm.first):.3g}")

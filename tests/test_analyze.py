@@ -1,9 +1,17 @@
 """The probe, by hand: literal slots, and probabilities from a plain forward pass."""
+import copy
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from analyze_tokens import Alarm, probe, token_classes, truth_logprobs
-from rollout import Limits, play
+import supervision
+import train
+
+from analyze_tokens import (Alarm, Swapped, knows, main, mean, probe, repaired, risers, token_classes, truth_logprobs,
+                            two_rules)
+from rollout import HFEngine, Limits, begin, play, rollout
 from tools import Env, demonstration, make_tasks
 
 
@@ -72,3 +80,101 @@ def test_probe_knows_a_perfect_and_a_collapsed_model(model, chat):
     finally:
         model.get_output_embeddings = real
     assert out["p/open|text"] == pytest.approx(1) and out["p/end|open"] < 1e-6 and out["p/calls_exact"] == 0
+
+
+# --- the autopsy -------------------------------------------------------------------------------------------------------
+LIMITS = Limits(16, 48, 1024, 256)
+
+
+def said(model, chat, tasks, rule=None, temperature=1.0):
+    """All ids that the model says over these tasks"""
+    engine, envs = HFEngine(model, chat.stop_ids), [Env(t) for t in tasks]
+    engine.rule = rule
+    done = rollout(engine, chat, envs, LIMITS, [begin(chat, e, g) for g, e in enumerate(envs)], (1,), temperature)
+    return [e.ids[s.start:s.end] for e in done for s in e.spans if s.who == "model"]
+
+
+def test_two_rules_hold(model, chat):
+    open_id = chat.tokenizer.convert_tokens_to_ids("<tool_call>")
+    tasks = make_tasks("test", "base", 12)
+
+    def loud(logits, _):                         # a model that wants to break both rules everywhere
+        logits[:, open_id] += 8
+        logits[:, chat.end_id] += 8
+        return logits
+    rule = two_rules(chat)
+    breaks = lambda ids: open_id in ids[1:] and ids[0] != open_id or any(
+        a == open_id and b == chat.end_id for a, b in zip(ids, ids[1:]))
+    assert any(map(breaks, said(model, chat, tasks, loud)))
+    assert not any(map(breaks, said(model, chat, tasks, lambda logits, s: rule(loud(logits, s), s))))
+
+
+def test_swapped_models(model, chat, tokenizer):
+    """Swapping nothing, or a model with itself, changes nothing; swapping everything is the donor. In between: the formula."""
+    donor = supervision.tiny_model(len(tokenizer), train.parse_args(["--tiny_hidden", "64", "--tiny_layers", "2", "--base_seed", "5"])).eval()
+    tasks, control = make_tasks("test", "miss_func", 4), [2, 3, 4]
+    alone = said(model, chat, tasks)
+    assert said(Swapped(model, donor, []), chat, tasks) == alone == said(Swapped(model, model, control), chat, tasks)
+    everything = list(range(len(tokenizer)))
+    assert said(Swapped(model, donor, everything), chat, tasks) == said(donor, chat, tasks) != alone
+    h, g = torch.randn(5, 64), torch.randn(5, 64)
+    p, q = (torch.softmax(m.get_output_embeddings()(x).double(), -1) for m, x in ((model, h), (donor, g)))
+    mixed = Swapped(model, donor, control).get_output_embeddings()(torch.cat([h, g], -1)).exp()
+    expected = p * ((1 - q[:, control].sum(-1)) / (1 - p[:, control].sum(-1)))[:, None]
+    expected[:, control] = q[:, control]
+    assert torch.allclose(mixed, expected) and torch.allclose(mixed.sum(-1), torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("syntax, first", [("A", "<tool_call>"), ("B", "[create")])
+def test_knows_by_hand(model, chat, syntax, first):
+    """A rigged model: right everywhere in a call except at ONE token; the three depths tell where it stands."""
+    task = next(t for t in make_tasks("test", "base", 50) if t.turns[0].calls[0][0] == "create_file")
+    row = play(chat, Env(task, syntax), demonstration(task, syntax), LIMITS)
+    calls = [s for s in row.spans if s.state == "call"]
+    words = [chat.text([i]) for i in row.ids[calls[0].start:calls[0].end]]
+    assert words[0] == first
+    name, value = next(i for i, w in enumerate(words) if w.endswith("_file")), len(words) - 6
+
+    def score(wrong):
+        class Rigged:
+            device = "cpu"
+
+            def __call__(self, ids):
+                logits = torch.nn.functional.one_hot(ids[0].roll(-1), len(chat.tokenizer)).float()[None]
+                logits[0, [calls[0].start + w - 1 for w in wrong]] *= -1
+                return SimpleNamespace(logits=logits)
+        return knows(Rigged(), chat, [task], syntax, LIMITS)
+    rest = (len(calls) - 1) / len(calls)
+    assert score([]) == [1, 1, 1] and score([len(words) - 1]) == [1, 1, 1]      # the end token is not part of the call
+    assert score([value]) == [rest] * 3 and score([name]) == [rest, rest, 1]
+
+
+def test_risers_names_the_risen_token(model, chat):
+    rows = [play(chat, Env(t), demonstration(t), LIMITS) for t in make_tasks("test", "base", 2)]
+    risen = copy.deepcopy(model)
+    with torch.no_grad():                        # an output row that agrees with the mean hidden state
+        hidden = model.get_decoder()(input_ids=torch.tensor([rows[0].ids])).last_hidden_state[0].mean(0)
+        risen.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        risen.lm_head.weight[3] += hidden
+    (token, before, after), *_ = risers(risen, model, chat, rows)
+    assert token == "<tool_call>" and after > before
+    assert risers(model, model, chat, rows)[0][1] == risers(model, model, chat, rows)[0][2]
+
+
+def test_repair_teaches_and_leaves_the_patient_alone(model, chat):
+    before = copy.deepcopy(model.state_dict())
+    tasks = make_tasks("train", "base", 4)
+    rows = [play(chat, Env(t), demonstration(t), LIMITS) for t in tasks]
+    likelihood = lambda m: mean(truth_logprobs(m, rows))
+    assert repaired(model, chat, tasks, "A", LIMITS, 6, 1e-3, likelihood) > likelihood(model) + 0.5
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_autopsy_command(folder, capsys):
+    """The command line on the run that the fixture trained: every line of the report, as a file too."""
+    base = next(p for p in (folder / "runs").glob("tiny-base-*"))
+    assert main(["--autopsy", str(base), "--autopsy_tasks", "2", "--json", "report.json", "runs/first", "runs/none-here"]) == 2
+    printed = capsys.readouterr()
+    report = json.loads((folder / "report.json").read_text())["runs/first"]
+    assert "runs/none-here" in printed.err and len(report) > 30
+    assert all(name in printed.out for name in report) and all(isinstance(v, float) for v in report.values())

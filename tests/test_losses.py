@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl_step import LOSSES, advantages, kl_penalty, normaliser, policy_loss, rl_backward
+from rl_step import LOSSES, advantages, kl_penalty, normaliser, policy_loss, pressure, rl_backward
 from rollout import Episode
 from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
 
@@ -73,6 +73,30 @@ def test_cross_entropy(model):
     assert metrics["sft_tokens"] == n and math.isclose(metrics["sft_loss"], -0.5 * expected.sum().item() / n, rel_tol=1e-5)
     _, plain = gradients(model, lambda m: (-0.5 * reference_logprobs(m, rows)[0].sum() / n).backward())
     assert close(grads, plain)
+
+
+def test_watched_probabilities(model):
+    rows = episodes()
+    *_, watched = token_logprobs(model, rows, 7, watch=[3, 9])
+    expected = [torch.softmax(model(torch.tensor([r.ids])).logits[0].double(), -1)[t - 1, [3, 9]]
+                for r in rows for t, m in enumerate(r.mask) if m]
+    assert torch.allclose(watched.double(), torch.stack(expected), atol=1e-6) and not watched.requires_grad
+
+
+def test_pressure_is_the_gradient_of_the_objective():
+    """Autograd on free logits gives the same push, and the four parts add up to it."""
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 7, generator=gen, dtype=torch.float64, requires_grad=True)
+    target, adv = torch.randint(0, 7, (50,), generator=gen), torch.randn(50, generator=gen, dtype=torch.float64)
+    malformed = torch.rand(50, generator=gen) < 0.4
+    (adv * torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0]).sum().backward()
+    parts = pressure(adv, torch.softmax(logits.detach(), -1)[:, [2, 5]], target, malformed, [2, 5])
+    assert torch.allclose(parts.sum(-1), logits.grad.sum(0)[[2, 5]])
+    for k, column in ((0, 2), (1, 5)):
+        hit = target == column
+        for value, where in zip(parts[k], (hit & ~malformed, hit & malformed, ~hit & (adv > 0), ~hit & (adv < 0))):
+            assert torch.allclose(value, logits.grad[where, column].sum())
+    assert (parts[:, 2] <= 0).all() and (parts[:, 3] >= 0).all()     # others pushed up press it down, others pushed down raise it
 
 
 def test_first_token_is_never_trained(model):

@@ -1,5 +1,6 @@
 """The run: the real command line, resuming, checkpoints, mistakes, two processes."""
 import copy
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,7 +38,8 @@ def command(*args, n=None, **kw):
 def test_the_run_folder(folder):
     out = folder / "runs/first"
     steps = rows(out)
-    assert [r["step"] for r in steps] == [0, 0, 0, 1, 2, 2] and "eval/average" in steps[0] and "eval/average" in steps[-2] and "p/open|text" in steps[-1]
+    assert [r["step"] for r in steps] == [0, 0, 0, 1, 2, 2]
+    assert "p/open|text" in steps[0] and "eval/average" in steps[1] and "p/open|text" in steps[-2] and "eval/average" in steps[-1]
     step = steps[2]
     assert sum(step[f"state/{s}"] for s in STATES) == pytest.approx(1, abs=1e-4)
     assert step["gap"] < 1e-5 and step["tokens"] > 0 and 0 <= step["mixed_groups"] <= 1
@@ -67,6 +70,52 @@ def test_sft_schedules(folder, schedule, phases):
     steps = [r for r in rows(out) if "phase" in r]
     assert [r["phase"] for r in steps] == phases
     assert steps[2]["sft_loss"] < steps[0]["sft_loss"]
+
+
+def test_adaptive_fires_when_the_alarm_rings_and_keeps_to_its_budget(folder, monkeypatch):
+    """The probe's values are scripted; the run is real: bursts at the probes after the alarm, none once the budget is spent, and
+    the same from a checkpoint in the middle of the alarm."""
+    values = [.01, .01, .01, .05, .05, .05, .05, .05, .001]              # rings at the fifth probe (two above .03)
+    real = train.probe
+    monkeypatch.setattr(train, "probe", lambda *a, **kw: real(*a, **kw) | {"p/open|text": values[next(count)]})
+    args = [*RUN, "--signal", "sft", "--schedule", "adaptive", "--steps", "8", "--probe_every", "1", "--burst_rows", "6",
+            "--sft_budget", "13", "--sft_batch", "4", "--eval_every", "-1", "--save_every", "6", "--threads", "1"]
+    count = itertools.count()
+    assert train.cli([*args, "--out", "runs/adaptive"]) == 0
+    steps = [r for r in rows("runs/adaptive") if "phase" in r]
+    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["phase+rl"] * 2 + ["rl"] * 2           # 2 x 6 rows; 18 would exceed 13
+    assert [(r["sft_visits"], r["sft_updates"]) for r in steps[4:6]] == [(6, 2)] * 2 and "reward" in steps[4]
+    assert [r["alarm"] for r in rows("runs/adaptive") if "alarm" in r] == [0] * 4 + [1] * 5
+    (folder / "runs/adaptive/checkpoints/latest").write_text("step-6")
+    count = itertools.count(6)
+    assert train.cli([*args, "--out", "runs/adaptive", "--resume"]) == 0
+    assert [r for r in rows("runs/adaptive") if "phase" in r] == steps
+
+
+def test_random_trigger_spends_the_same_budget():
+    a = train.parse_args(["--signal", "ets", "--schedule", "adaptive", "--trigger", "random", "--steps", "100"])
+    times = train.random_bursts(a)
+    assert len(times) == a.sft_budget // a.burst_rows and all(0 < t < 100 and t % a.probe_every == 0 for t in times)
+    a.seed = 1
+    assert train.random_bursts(a) != times
+
+
+def test_stop_on_alarm(folder, monkeypatch, capfd):
+    values, count, real = [.01, .01, .01, .05, .05], itertools.count(), train.probe
+    monkeypatch.setattr(train, "probe", lambda *a, **kw: real(*a, **kw) | {"p/open|text": values[next(count)]})
+    assert train.cli([*RUN, "--steps", "9", "--probe_every", "1", "--eval_every", "-1", "--stop_on_alarm", "--out", "runs/stop"]) == 0
+    assert [r["step"] for r in rows("runs/stop") if "phase" in r] == [0, 1, 2, 3]
+    assert (folder / "runs/stop/checkpoints/latest").read_text() == "step-4" and "ALARM" in capfd.readouterr().out
+
+
+def test_what_the_advantage_is_made_of():
+    good, bad = SimpleNamespace(reward=1.0, states=["call", "reply"]), SimpleNamespace(reward=1.0, states=["call", "polluted"])
+    credit = lambda e, *flags: train.credit(e, train.parse_args([*flags]), 0)
+    assert [credit(good), credit(bad)] == [1, 1]
+    assert [credit(good, "--reward", "format"), credit(bad, "--reward", "format")] == [1.5, 1]
+    coins = [train.credit(SimpleNamespace(group_id=g, sample=k), train.parse_args(["--reward", "random"]), s)
+             for s in range(10) for g in range(12) for k in range(8)]
+    assert set(coins) == {0.0, 1.0} and 0.15 < sum(coins) / len(coins) < 0.25
 
 
 def test_killed_run_resumes_to_the_same_numbers(folder):
@@ -116,7 +165,7 @@ def test_eval_only(folder, capsys):
     assert train.cli([*RUN, "--eval_only", "--model", "runs/first", "--out", "runs/scores"]) == 0
     assert "format_ood" in capsys.readouterr().out
     scores = json.loads((folder / "runs/scores/eval.json").read_text())
-    assert scores["average"] == pytest.approx(rows("runs/first")[-2]["eval/average"], abs=1e-6)
+    assert scores["average"] == pytest.approx(rows("runs/first")[-1]["eval/average"], abs=1e-6)
     assert [p.name for p in (folder / "runs/scores").iterdir()] == ["eval.json"]
     assert train.cli([*RUN, "--eval_only", "--model", str(train.newest_checkpoint("runs/first"))]) == 0   # an HF folder
 
@@ -130,6 +179,8 @@ def test_eval_only(folder, capsys):
     (["--base_wrong", "1.5"], "--base_wrong 1.5"),
     (["--tiny_hidden", "33"], "--tiny_hidden 33"),
     (["--loss", "ppo"], "invalid choice: 'ppo'"),
+    (["--alarm", "p/nothing"], "--alarm p/nothing is not a metric of the probe"),
+    (["--signal", "ets", "--schedule", "adaptive", "--probe_every", "-1"], "the alarm listens to the probe"),
     (["--signal", "sft"], "--signal sft does not go with --schedule rl"),
     (["--schedule", "sft"], "--signal none does not go with --schedule sft"),
     (["--resume", "--eval_only"], "exclude each other"),
