@@ -66,7 +66,7 @@ def read_rows(out):
 SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
 LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right
 PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *(f"p/{c}|off" for c in LEGAL), "p/short_circuit",
-          "p/calls_exact", "p/log_likelihood", "p/kl")
+          "p/calls_exact", "p/log_likelihood", "p/moved")
 
 
 def token_classes(chat):
@@ -101,8 +101,7 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
       p/short_circuit    p/open|text * p/end|open: the probability of the collapsed message in a place for text
       p/calls_exact      share of ground-truth calls whose every token is the model's first choice: can it still use tools?
       p/log_likelihood   mean log p of the ground truth
-      p/kl               with `start` (truth_logprobs of the model that the run started from): mean of exp(d) - d - 1 over the
-                         ground truth's tokens, d = log p_start - log p: how far has the model moved?"""
+      p/moved            with `start` (truth_logprobs of the model that the run started from): mean |log p - log p_start|"""
     model.eval()
     classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
     for batch in micro_batches(rows, max_tokens):
@@ -133,8 +132,7 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
         exact += ok_calls.values()
     out = {name: mean(total.get(name, [])) for name in PROBED if "|" in name}
     if start:
-        d = torch.tensor(start) - torch.tensor(log_likelihood)                                               # [N]
-        out["p/kl"] = (d.clamp(max=20).exp() - d - 1).mean().item()
+        out["p/moved"] = mean(abs(now - before) for now, before in zip(log_likelihood, start, strict=True))
     return out | {"p/short_circuit": out["p/open|text"] * out["p/end|open"], "p/calls_exact": mean(exact),
                   "p/log_likelihood": mean(log_likelihood)}
 
@@ -476,50 +474,113 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Pictures. Readable in black and white: the states differ in hatching as well as in grey value.
+# 6. Pictures. Readable in black and white: the states differ in hatching as well as in grey value, lines in their dashes.
 FILLS = {"call": ("#1b5e9b", ""), "reply": ("#9ec9ea", ""), "polluted": ("#e08214", "///"), "collapsed": ("#7f3b08", "xx"),
          "empty": ("#cccccc", ".."), "cut": ("#666666", "--")}
 
 
-def draw(paths, png):
-    """One column per run: reward; shares of the message states, stacked; P(open tag) where text should begin."""
+def smooth(rows, name, window=5):
+    """-> steps, mean of the metric over the last `window` rows that have it"""
+    rows = [r for r in rows if name in r]
+    return [r["step"] for r in rows], [mean(r[name] for r in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
+
+
+def pyplot():
     import matplotlib                            # here, because training does not need it
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(3, len(paths), figsize=(1 + 3.2 * len(paths), 6.2), sharex="col", sharey="row", squeeze=False,
-                             height_ratios=[1, 1.4, 1])
-    for (top, middle, bottom), path in zip(axes.T, paths):
+    plt.rcParams |= {"font.size": 8, "legend.frameon": False, "legend.fontsize": 7, "hatch.linewidth": 0.4}
+    return plt
+
+
+def draw(paths, png):
+    """One column per run, one time axis: reward; shares of the message states, stacked; the open tag where text should begin,
+    with the alarm; how far the model has moved. Dotted line: collapse. Grey band: the alarm is on."""
+    plt = pyplot()
+    fig, axes = plt.subplots(4, len(paths), figsize=(1 + 3.2 * len(paths), 7.6), sharex="col", sharey="row", squeeze=False,
+                             height_ratios=[1, 1.4, 1, 0.8])
+    for (top, middle, spike, far), path in zip(axes.T, paths):
         rows = read_rows(path)
-        rolled, probes, found = [r for r in rows if "reward" in r], [r for r in rows if "p/open|text" in r], collapse(rows)
-        steps = [r["step"] for r in rolled]
-        top.plot(steps, [r["reward"] for r in rolled], color="#999999", lw=0.8)
-        top.plot(steps, [mean(r["reward"] for r in rolled[max(0, i - 4):i + 1]) for i in range(len(rolled))], color="black")
-        middle.stackplot(steps, [[r[f"state/{s}"] for r in rolled] for s in STATES], labels=STATES,
+        rolled, found = [r for r in rows if "reward" in r], collapse(rows)
+        top.plot(*smooth(rows, "reward"), "k-", label="task reward")
+        top.plot(*smooth(rows, "reward_clean"), "k--", lw=1, label="... and every message clean")
+        middle.stackplot([r["step"] for r in rolled], [[r[f"state/{s}"] for r in rolled] for s in STATES], labels=STATES,
                          colors=[FILLS[s][0] for s in STATES], hatch=[FILLS[s][1] for s in STATES], edgecolor="white", lw=0.2)
-        bottom.plot([r["step"] for r in probes], [r["p/open|text"] for r in probes], "k.-", lw=1)
-        bottom.set_yscale("log")
-        for ax in (top, middle, bottom) if found else ():
+        for ax, name in ((spike, "p/open|text"), (far, "p/moved")):
+            steps, values = smooth(rows, name, 1)
+            ax.plot(steps, values, "k.-", lw=1)
+        spike.set_yscale("log")
+        alarm, last = {r["step"]: r["alarm"] for r in rows if "alarm" in r}, max(r["step"] for r in rows)
+        for step, then in zip(alarm, [*list(alarm)[1:], last]):
+            for ax in (top, spike) if alarm[step] else ():
+                ax.axvspan(step, then, color="#dddddd", zorder=0)
+        for r in rows:
+            if "sft_updates" in r:
+                top.plot(r["step"], 0, "k^", ms=4, clip_on=False)
+        for ax in (top, middle, spike, far) if found else ():
             ax.axvline(found["step"], color="black", ls=":", lw=1.2)
         top.set_title(f"{Path(path).stem}{': collapse at step ' + str(found['step']) if found else ''}", fontsize=9)
-        bottom.set_xlabel("step")
-    axes[0, 0].set_ylabel("reward\n(grey: per step, black: mean of 5)", fontsize=8)
-    axes[1, 0].set_ylabel("share of messages", fontsize=8)
-    axes[2, 0].set_ylabel("P(<tool_call>)\nwhere text should begin", fontsize=8)
-    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES), fontsize=8, frameon=False)
-    fig.tight_layout(rect=(0, 0.04, 1, 1))
+        far.set_xlabel("step")
+    for ax, label in zip(axes[:, 0], ("reward (mean of 5 steps)\n^ = an SFT phase", "share of messages",
+                                      "P(<tool_call>)\nwhere text should begin", "mean change of log p\n(ground truth, nats)")):
+        ax.set_ylabel(label)
+    axes[0, 0].legend(loc="upper left")
+    fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES))
+    fig.tight_layout(rect=(0, 0.03, 1, 1))
     fig.savefig(png, dpi=110)
     plt.close(fig)
 
 
+def heat(path, png):
+    """Control token x slot over time, log10 of the mean probability: black = certain, white = 1e-5 or less."""
+    plt, rows = pyplot(), [r for r in read_rows(path) if "p/open|text" in r]
+    fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True)
+    names = {"open": OPEN, "close": CLOSE, "end": "<|im_end|>", "start": "<|im_start|>", "json": "JSON punctuation", "content": "content"}
+    for ax, (c, title) in zip(axes.flat, names.items()):
+        values = torch.tensor([[r.get(f"p/{c}|{slot}", 0.0) for r in rows] for slot in SLOTS]).clamp(min=1e-5).log10()
+        image = ax.imshow(values, aspect="auto", cmap="Greys", vmin=-5, vmax=0, interpolation="nearest")
+        ax.set_title(title + (f"  (right only in: {LEGAL[c]})" if LEGAL.get(c) else ""), fontsize=8)
+        ax.set_yticks(range(len(SLOTS)), SLOTS)
+        ax.set_xticks(range(0, len(rows), max(1, len(rows) // 5)), [r["step"] for r in rows[::max(1, len(rows) // 5)]])
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    fig.colorbar(image, ax=axes, label="log10 of the mean probability")
+    fig.suptitle(f"{Path(path).stem}: what the model would say where, along the ground truth", fontsize=9)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+def pages(out, count=8):
+    """Conversations of the run from first to last, as Markdown: every time the most malformed one that was kept of its step."""
+    path = Path(out) / "episodes.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a run folder.")
+    by_step = {}
+    for line in path.read_text().splitlines():
+        e = json.loads(line)
+        odd = sum(s not in ("call", "reply") for s in e["states"]) / len(e["states"])
+        if odd >= by_step.get(e["step"], (-1, None))[0]:
+            by_step[e["step"]] = odd, e
+    steps = sorted(by_step)
+    text = [f"# {Path(out).name}: conversations from the first step to the last"]
+    for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
+        e = by_step[step][1]
+        said = "\n".join(line for line in e["text"].splitlines() if line.strip())
+        text += [f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {', '.join(e['states'])}", f"```\n{said}\n```"]
+    return "\n\n".join(text)
+
+
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What happened in these runs?")
+    p = argparse.ArgumentParser(description="What happened in these runs? Without a flag: scores, states over time, the verdict.")
     p.add_argument("runs", nargs="+", help="run folders, or their rows (metrics.jsonl, .csv)")
     p.add_argument("--markdown", action="store_true", help="one table row per run")
+    p.add_argument("--transcripts", action="store_true", help="conversations from healthy to collapsed, as Markdown")
+    p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
+    p.add_argument("--heat", metavar="PNG", help="draw the first run's control tokens by slot over time")
     p.add_argument("--autopsy", metavar="BASE", help="what exactly is broken in these runs' newest checkpoints, compared with the "
                    "model folder BASE (that they started from): minutes on two cores")
     p.add_argument("--autopsy_tasks", type=int, default=30, help="test tasks per category there")
     p.add_argument("--json", metavar="FILE", help="with --autopsy: write the numbers there too")
-    p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     a, status = p.parse_args(argv), 0
     if a.markdown:
         print(HEADER)
@@ -529,8 +590,10 @@ def main(argv=None):
             if a.autopsy:
                 print(f"== {out}")
                 found[str(out)] = autopsy(out, a.autopsy, a.autopsy_tasks)
-            elif a.plot:
-                drawn += [out] if [r for r in read_rows(out) if "reward" in r] else []
+            elif a.plot or a.heat:
+                drawn += [out] if [r for r in read_rows(out) if "reward" in r and "state/call" in r] else []
+            elif a.transcripts:
+                print(pages(out), end="\n\n")
             elif a.markdown:
                 print(table_row(out))
             else:
@@ -538,8 +601,10 @@ def main(argv=None):
         except UserError as error:                                   # say it, and go on with the other runs
             print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
             status = 2
-    if drawn:
+    if drawn and a.plot:
         draw(drawn, a.plot)
+    if drawn and a.heat:
+        heat(drawn[0], a.heat)
     if found and a.json:
         Path(a.json).write_text(json.dumps(found, indent=1))
     return status

@@ -48,7 +48,7 @@ def test_probe_slots_and_values(model, chat):
         assert out[name] == pytest.approx(mean(expected[name]), rel=1e-4), name
     for slot in ("call", "text", "open", "in_call", "in_text", "close", "last"):     # the six classes cover the vocabulary
         assert sum(out[f"p/{c}|{slot}"] for c in ("open", "close", "end", "start", "json", "content")) == pytest.approx(1, abs=1e-5)
-    assert out["p/kl"] == pytest.approx(0, abs=1e-6)                                 # the model has not moved
+    assert out["p/moved"] == pytest.approx(0, abs=1e-6)                                 # the model has not moved
     assert out["p/short_circuit"] == pytest.approx(out["p/open|text"] * out["p/end|open"])
     assert out["p/calls_exact"] == mean(exact) and out["p/log_likelihood"] == pytest.approx(mean(likelihood), rel=1e-4)
 
