@@ -53,6 +53,12 @@ def read_rows(out):
     return rows
 
 
+def smooth(rows, name, window=5):
+    """-> steps, mean of the metric over the last `window` rows that have it"""
+    rows = [r for r in rows if name in r]
+    return [r["step"] for r in rows], [mean(r[name] for r in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The probe. Ground-truth conversations that never change, one forward pass, no sampling: a moving number is the model's
 #    doing alone. Every position where the assistant speaks is a slot, and each control token is legal in one kind of slot only:
@@ -194,22 +200,22 @@ class Alarm:
         return self.on
 
 
-def collapse(rows, window=5):
+def collapse(rows, window=5, name="reward", share=0.1):
     """Did the reward collapse, and what had the messages become? From the rows of metrics.jsonl that have a reward.
     -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {state: share at the end}}
-    Collapse = the mean reward over `window` steps falls below 10 % of its peak and stays there to the end."""
-    rows = [r for r in rows if "reward" in r]
-    smooth = [mean(r["reward"] for r in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
+    Collapse = the mean reward over `window` steps falls below `share` of its peak and stays there to the end."""
+    rows = [r for r in rows if name in r]
     if len(rows) < 2 * window:
         return None
-    top = max(range(window - 1, len(rows)), key=smooth.__getitem__)
+    _, values = smooth(rows, name, window)
+    top = max(range(window - 1, len(rows)), key=values.__getitem__)
     first = len(rows)                            # walk back from the end, as long as the reward is low
-    while first > top and smooth[first - 1] < 0.1 * smooth[top]:
+    while first > top and values[first - 1] < share * values[top]:
         first -= 1
     if first == len(rows):
         return None
     at = lambda i: {s: mean(r[f"state/{s}"] for r in rows[max(0, i + 1 - window):i + 1]) for s in STATES}
-    return {"step": rows[first]["step"], "peak": smooth[top], "peak_step": rows[top]["step"], "before": at(top),
+    return {"step": rows[first]["step"], "peak": values[top], "peak_step": rows[top]["step"], "before": at(top),
             "after": at(len(rows) - 1)}
 
 
@@ -285,15 +291,16 @@ def table_row(path, window=5):
     rolled, probes = [r for r in rows if "reward" in r], [r["p/open|text"] for r in rows if "p/open|text" in r]
     if len(rolled) < window or not probes:
         raise UserError(f"{path} has {len(rolled)} RL steps and {len(probes)} probes; a table row needs {window} and 1.")
-    smooth = lambda name: [mean(r[name] for r in rolled[i:i + window]) for i in range(len(rolled) - window + 1)]
-    reward, replies, found = smooth("reward"), smooth("state/reply"), collapse(rows, window)
+    (_, reward), (_, replies), found = smooth(rows, "reward", window), smooth(rows, "state/reply", window), collapse(rows, window)
+    reward, replies = reward[window - 1:], replies[window - 1:]
     return (f"| {Path(path).stem} | {reward[0]:.2f}, {max(reward):.2f}, {reward[-1]:.2f} | {probes[0]:.3f}, {max(probes):.3f} | "
             f"{replies[0]:.2f}, {min(replies):.2f} | {'step ' + str(found['step']) if found else 'no'} |")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. The autopsy of a checkpoint. It fails; but what exactly is broken? Each line replaces one thing and plays the test
-#    tasks again, so that it separates "lost the ability" from "puts a control token into the wrong place".
+#    tasks again, so that it separates "lost the ability" from "puts a control token into the wrong place". The score of
+#    every line that names no other is the clean reward, greedy: solved, and every message a complete call or plain text.
 
 
 def load(path):
@@ -312,12 +319,12 @@ def load(path):
     return model, chat, json.loads((run / "config.json").read_text()) if run else {}
 
 
-def success(model, chat, tasks, syntax, closing, limits, temperature=0.0, rule=None):
-    """-> share of the tasks that are solved, played freely"""
+def played(model, chat, tasks, syntax, closing, limits, temperature=0.0, rule=None):
+    """The tasks, played freely -> Episodes"""
     engine, envs = HFEngine(model, chat.stop_ids), [Env(task, syntax, closing) for task in tasks]
     engine.rule = rule
     begun = [begin(chat, env, g) for g, env in enumerate(envs)]
-    return mean(e.reward for e in rollout(engine, chat, envs, limits, begun, seed=(0,), temperature=temperature))
+    return rollout(engine, chat, envs, limits, begun, seed=(0,), temperature=temperature)
 
 
 def two_rules(chat):
@@ -431,7 +438,8 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
                     flags.get("max_observation_tokens", 256))
     pick = lambda split: [t for c in CATEGORIES[:3] for t in make_tasks(split, c, n_tasks if split == "test" else 100)]
     tasks, train, other = pick("test"), pick("train"), "B" if syntax == "A" else "A"
-    score = lambda m, s=syntax, **kw: success(m, chat, tasks, s, closing, limits, **kw)
+    play_all = lambda m, s=syntax, **kw: played(m, chat, tasks, s, closing, limits, **kw)
+    score = lambda *args, **kw: mean(e.reward * is_clean(e.states) for e in play_all(*args, **kw))
     added = chat.tokenizer.get_added_vocab()
     control = sorted({added[token] for token in CONTROL if token in added} | {chat.end_id})
     said = sorted({i for t in train for r in [play(chat, Env(t, syntax), demonstration(t, syntax), limits)]
@@ -444,9 +452,12 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
         print(f"{value:8.3f}   {name}", flush=True)
 
     for who, m in (("base", base), ("model", model)):
-        note(f"{who}: solves test tasks, greedy", score(m))
-        note(f"{who}: solves test tasks, sampled", score(m, temperature=1.0))
-        note(f"{who}: solves them in syntax {other}, greedy", score(m, other))
+        note(f"{who}: task reward, greedy", mean(e.reward for e in play_all(m)))
+        note(f"{who}: clean reward, greedy", score(m))
+        note(f"{who}: clean reward, sampled", score(m, temperature=1.0))
+        note(f"{who}: clean reward in syntax {other}, greedy", score(m, other))
+        failed = [e for e in play_all(m, temperature=1.0) if not (e.reward and is_clean(e.states))]
+        note(f"{who}: of the failures, sampled: those with a malformed message", mean(not is_clean(e.states) for e in failed))
         for s in (syntax, other):
             for point, value in zip(("the open tag", "the name's start", "the name's end"), knows(m, chat, tasks, s, limits)):
                 note(f"{who}: teacher-forced, syntax {s}, calls right from {point} on", value)
@@ -477,12 +488,6 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
 # 6. Pictures. Readable in black and white: the states differ in hatching as well as in grey value, lines in their dashes.
 FILLS = {"call": ("#1b5e9b", ""), "reply": ("#9ec9ea", ""), "polluted": ("#e08214", "///"), "collapsed": ("#7f3b08", "xx"),
          "empty": ("#cccccc", ".."), "cut": ("#666666", "--")}
-
-
-def smooth(rows, name, window=5):
-    """-> steps, mean of the metric over the last `window` rows that have it"""
-    rows = [r for r in rows if name in r]
-    return [r["step"] for r in rows], [mean(r[name] for r in rows[max(0, i + 1 - window):i + 1]) for i in range(len(rows))]
 
 
 def pyplot():
@@ -533,11 +538,13 @@ def draw(paths, png):
 
 def heat(path, png):
     """Control token x slot over time, log10 of the mean probability: black = certain, white = 1e-5 or less."""
-    plt, rows = pyplot(), [r for r in read_rows(path) if "p/open|text" in r]
+    plt, rows = pyplot(), [r for r in read_rows(path) if "p/open|off" in r]
+    if not rows:
+        raise UserError(f"{path} has no probes to draw; they need --probe_every in train.py.")
     fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True)
     names = {"open": OPEN, "close": CLOSE, "end": "<|im_end|>", "start": "<|im_start|>", "json": "JSON punctuation", "content": "content"}
     for ax, (c, title) in zip(axes.flat, names.items()):
-        values = torch.tensor([[r.get(f"p/{c}|{slot}", 0.0) for r in rows] for slot in SLOTS]).clamp(min=1e-5).log10()
+        values = torch.tensor([[r.get(f"p/{c}|{slot}", 0.0) for r in rows] for slot in SLOTS]).clamp(min=1e-5).log10().numpy()
         image = ax.imshow(values, aspect="auto", cmap="Greys", vmin=-5, vmax=0, interpolation="nearest")
         ax.set_title(title + (f"  (right only in: {LEGAL[c]})" if LEGAL.get(c) else ""), fontsize=8)
         ax.set_yticks(range(len(SLOTS)), SLOTS)
@@ -601,10 +608,14 @@ def main(argv=None):
         except UserError as error:                                   # say it, and go on with the other runs
             print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
             status = 2
-    if drawn and a.plot:
-        draw(drawn, a.plot)
-    if drawn and a.heat:
-        heat(drawn[0], a.heat)
+    try:
+        if drawn and a.plot:
+            draw(drawn, a.plot)
+        if drawn and a.heat:
+            heat(drawn[0], a.heat)
+    except UserError as error:
+        print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
+        status = 2
     if found and a.json:
         Path(a.json).write_text(json.dumps(found, indent=1))
     return status

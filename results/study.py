@@ -22,7 +22,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from analyze_tokens import read_rows  # noqa: E402
+from analyze_tokens import Alarm, collapse, mean, read_rows  # noqa: E402
+from tools import STATES  # noqa: E402
 
 COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
@@ -104,6 +105,116 @@ def run_one(name, seed):
             if done.returncode:
                 return f"{name}-seed{seed} failed with status {done.returncode}; see {out}.log"
         pack(out, packed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
+MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "ets", "prs", "adaptive", "random_time", "ets_sync")
+CAUSES = ("none", "strict", "random_reward", "format_reward", "positive_only", "negative_only", "kl", "mask_control", "retokenize",
+          "hbg", "hbg_hint_kept")
+DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/short_circuit", "p/moved", "state/polluted", "entropy",
+             "kl_sampler", "grad_norm")
+MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
+
+
+def runs(name):
+    """-> [rows of seed 0, rows of seed 1, ...] of what is packed"""
+    return [read_rows(p) for p in sorted((HERE / "study").glob(f"{name}-seed*.csv"))]
+
+
+def late(rows, *names, n=10):
+    """Mean over the last n RL steps (of the sum of the metrics)"""
+    rows = [r for r in rows if names[0] in r][-n:]
+    return mean(sum(r[name] for name in names) for r in rows) if rows else None
+
+
+def spread(values, digits=2):
+    """[.3, .1, .2] -> ".20 (.10 to .30)": the mean over seeds, and the lowest and highest seed"""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def percent(values):
+    return spread([100 * v for v in values], 0)
+
+
+def evaluation(rows, name, which=-1):
+    return [r[f"eval/{name}"] for r in rows if f"eval/{name}" in r][which]
+
+
+def falls(done, name):
+    """"2 of 5 (41, 77)": runs whose 5-step mean fell below a tenth of its peak for good, and when"""
+    steps = [found["step"] for rows in done if (found := collapse(rows, name=name))]
+    return f"{len(steps)} of {len(done)}" + (f" ({', '.join(map(str, steps))})" if steps else "")
+
+
+def recipe_table(names):
+    """One line per recipe: mean over seeds (lowest to highest seed)"""
+    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | P(open, text) | calls exact, % | test tasks, % | "
+             "... clean, % | other syntax, % | reward collapsed | clean reward collapsed | SFT rows |", "|---" * 13 + "|"]
+    for name in names:
+        if not (done := runs(name)):
+            continue
+        rl = [rows for rows in done if any("reward" in r for r in rows)]
+        probes = lambda metric: [[r[metric] for r in rows if metric in r][-1] for rows in done]
+        lines.append(" | ".join([
+            f"| {name}", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
+            percent([late(r, *MALFORMED) for r in rl]), spread(probes("p/open|text"), 3), percent(probes("p/calls_exact")),
+            *(percent([evaluation(r, n) for r in done]) for n in ("average", "average_clean", "format_ood")),
+            falls(rl, "reward") if rl else "–", falls(rl, "reward_clean") if rl else "–",
+            f"{mean(sum(r.get('sft_visits', 0) for r in rows) for rows in done):.0f} |"]))
+    return "\n".join(lines)
+
+
+def phase_table():
+    """collapse yes/no over learning rate x closing rule x seed"""
+    lines = ["| learning rate | closing | reward collapsed | clean reward collapsed | malformed messages at the end, % |", "|---" * 5 + "|"]
+    for lr in ("2e-4", "5e-4", "1e-3"):
+        for closing, recipe in (("lenient", "none"), ("strict", "strict")):
+            if done := runs(recipe if lr == "5e-4" else f"{recipe}_lr{lr}"):
+                lines.append(f"| {lr} | {closing} | {falls(done, 'reward')} | {falls(done, 'reward_clean')} | "
+                             f"{percent([late(r, *MALFORMED) for r in done])} |")
+    return "\n".join(lines)
+
+
+def series(rows, name):
+    """[(step, value)] of a detector at the probes' steps; a metric of every step is averaged over the steps since the last probe"""
+    probes = [r["step"] for r in rows if "p/open|text" in r]
+    if name.startswith("p/"):
+        return [(r["step"], r[name]) for r in rows if name in r]
+    return [(b, mean(v)) for a, b in zip(probes, probes[1:]) if (v := [r[name] for r in rows if name in r and a <= r["step"] < b])]
+
+
+def rings(rows, name, factor):
+    """The step at which the alarm on this metric first rings, or None"""
+    alarm = Alarm(factor, 2)
+    return next((step for step, value in series(rows, name) if alarm.update(value)), None)
+
+
+def alarm_table(names=("none", "strict", "none_lr1e-3", "random_reward", "positive_only", "negative_only", "format_reward",
+                       "sft_then_rl", "ets", "prs", "ops", "hbg")):
+    """Every run without an adaptive schedule: did the clean reward halve for good (the event)? Did the alarm ring before?"""
+    done = [rows for name in names for rows in runs(name)]
+    events = [found["step"] if (found := collapse(rows, name="reward_clean", share=0.5)) else None for rows in done]
+    lines = [f"| metric | factor | rang before the fall, of {sum(e is not None for e in events)} | median lead, steps | "
+             f"rang without a fall, of {events.count(None)} |", "|---" * 5 + "|"]
+    for name in DETECTORS:
+        for factor in (2, 3, 5, 10):
+            rang = [rings(rows, name, factor) for rows in done]
+            leads = sorted(e - r for e, r in zip(events, rang) if e is not None and r is not None and r <= e)
+            false = sum(e is None and r is not None for e, r in zip(events, rang))
+            lead = leads[len(leads) // 2] if leads else "–"
+            lines.append(f"| {name.replace('|', ', ')} | {factor} | {len(leads)} | {lead} | {false} |")
+    return "\n".join(lines)
+
+
+TABLES = {"main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
+
+
+def tables():
+    return "\n\n".join(f"<!-- study: {name} -->\n{make()}" for name, make in TABLES.items())
 
 
 def main():

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import study
 import supervision
 import train
+from conftest import RUN
 
-from analyze_tokens import (Alarm, Swapped, knows, main, mean, probe, repaired, risers, token_classes, truth_logprobs,
-                            two_rules)
+from analyze_tokens import (Alarm, Swapped, collapse, knows, main, mean, probe, read_rows, repaired, risers, timeline,
+                            token_classes, truth_logprobs, two_rules)
 from rollout import HFEngine, Limits, begin, play, rollout
-from tools import Env, demonstration, make_tasks
+from tools import STATES, Env, demonstration, make_tasks
 
 
 def test_probe_slots_and_values(model, chat):
@@ -178,3 +180,69 @@ def test_autopsy_command(folder, capsys):
     report = json.loads((folder / "report.json").read_text())["runs/first"]
     assert "runs/none-here" in printed.err and len(report) > 30
     assert all(name in printed.out for name in report) and all(isinstance(v, float) for v in report.values())
+
+
+# --- pictures, pages, rows ---------------------------------------------------------------------------------------------
+def test_pictures_and_pages_of_a_run(folder, capsys):
+    """Two runs side by side, one of them broken: it is reported, the other one is drawn."""
+    (folder / "runs/damaged").mkdir(exist_ok=True)
+    (folder / "runs/damaged/metrics.jsonl").write_text('{"step": 0, "rew\n{"step": 1}\n')
+    assert main(["--plot", "side.png", "--heat", "heat.png", "runs/first", "runs/damaged"]) == 2
+    assert "line 1 of runs/damaged/metrics.jsonl is damaged" in capsys.readouterr().err
+    for png in ("side.png", "heat.png"):
+        assert (folder / png).read_bytes()[:4] == b"\x89PNG" and (folder / png).stat().st_size > 10_000
+    assert main(["--transcripts", "runs/first"]) == 0
+    page = capsys.readouterr().out
+    assert "## step 0: " in page and "## step 1: " in page and "<|im_start|>" in page
+
+
+def test_a_run_without_probes_is_drawn_too(folder, capsys):
+    assert train.cli([*RUN, "--steps", "1", "--probe_every", "-1", "--out", "runs/unprobed"]) == 0
+    assert main(["--heat", "no.png", "runs/unprobed"]) == 2 and "has no probes" in capsys.readouterr().err
+    assert main(["--plot", "unprobed.png", "runs/unprobed"]) == 0 and (folder / "unprobed.png").exists()
+
+
+def test_csv_rows_are_the_rows(folder, tmp_path):
+    """pack: merged by step, rounded to four digits, nothing else lost; and the readers cannot tell the difference."""
+    study.pack("runs/first", tmp_path / "first-seed0.csv")
+    packed, plain = read_rows(tmp_path / "first-seed0.csv"), read_rows("runs/first")
+    assert [r["step"] for r in packed] == [0, 1, 2]
+    for row in plain:
+        merged = packed[row["step"]]
+        for name, value in row.items():
+            if name.startswith(study.KEEP):
+                assert merged[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
+    assert timeline(packed)[:60] == timeline(plain)[:60]
+
+
+def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
+    """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "COMMON", " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1"]))
+    (tmp_path / "study").mkdir()
+    assert study.run_one("strict", 0) is None
+    rows = read_rows(tmp_path / "study/strict-seed0.csv")
+    assert len(rows) == 3 and json.loads((folder / "runs/study/strict-seed0/config.json").read_text())["closing"] == "strict"
+    before = (folder / "runs/study/strict-seed0.log").read_bytes()
+    assert study.run_one("strict", 0) is None and (folder / "runs/study/strict-seed0.log").read_bytes() == before
+    (tmp_path / "study/strict-seed0.csv").unlink()                   # as if killed after its first step
+    (folder / "runs/study/strict-seed0/checkpoints/latest").write_text("step-1")
+    text = (folder / "runs/study/strict-seed0/metrics.jsonl").read_text().splitlines()
+    (folder / "runs/study/strict-seed0/metrics.jsonl").write_text("\n".join(text[:4]) + "\n")
+    assert not study.finished("runs/study/strict-seed0") and study.run_one("strict", 0) is None
+    assert read_rows(tmp_path / "study/strict-seed0.csv") == rows
+    monkeypatch.setitem(study.RECIPES, "wrong", ("--lr nan", 1))
+    assert "wrong-seed0 failed with status 2" in study.run_one("wrong", 0)
+
+
+def made(rewards, **columns):
+    return [{"step": i, "reward": r, "reward_clean": r, "p/open|text": .01, **{f"state/{s}": 0.5 for s in STATES},
+             **{k: v[i] for k, v in columns.items()}} for i, r in enumerate(rewards)]
+
+
+def test_alarm_and_fall_on_made_up_rows():
+    rows = made([.4] * 20 + [.0] * 20, **{"p/moved": [.1] * 10 + [.5] * 30})
+    assert collapse(rows)["step"] == 24 and collapse(rows, share=0.5)["step"] == 22 and collapse(made([.4] * 40)) is None
+    assert study.rings(rows, "p/moved", 3) == 11 and study.rings(rows, "p/moved", 6) is None
+    assert study.falls([rows, made([.4] * 40)], "reward") == "1 of 2 (24)"
+    assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)" and study.late(rows, "reward", n=30) == pytest.approx(.4 / 3)
