@@ -1,14 +1,18 @@
 """analyze_tokens.py -- reading a run: control-token probabilities, what the messages became, and the verdict. Floor 3.
 
-    python analyze_tokens.py --markdown runs/*           one table row per run
-    python analyze_tokens.py --plot a.png runs/a runs/b  reward, states and the open tag's probability on one time axis
     python analyze_tokens.py runs/a runs/b               scores, states over time and the verdict of each run
+    python analyze_tokens.py --plot a.png runs/a runs/b  reward, states and the open tag's probability on one time axis
+    python analyze_tokens.py --heat h.png runs/a         every control token in every kind of place, over time
+    python analyze_tokens.py --transcripts runs/a        conversations from healthy to collapsed
+    python analyze_tokens.py --probe runs/a              the control tokens' probabilities in its newest checkpoint
+    python analyze_tokens.py --autopsy runs/BASE runs/a  what exactly is broken?
 
     1. probe      control-token probabilities in the right and in the wrong places, teacher-forced (train.py: --probe_every)
     2. states     the shares of the message states in one batch of rollouts (train.py logs them every step)
-    3. collapse   did the reward fall for good, and what had the messages become by then?
+    3. collapse   did the reward fall for good, what had the messages become by then, and did an alarm ring before?
     4. texts      the line per step, the closing summary, the timeline, a table row
-    5. picture    the same, drawn
+    5. autopsy    constrained decoding, swapped decisions, repair: lost ability, or misplaced control tokens?
+    6. pictures   the same, drawn
 """
 import argparse
 import copy
@@ -484,6 +488,19 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
     return out
 
 
+def probe_text(path, n_tasks=30):
+    """The probe of any checkpoint, as text: one line per class, one column per slot; * where that token is right"""
+    model, chat, flags = load(path)
+    syntax, limits = flags.get("syntax", "A"), Limits(20, 1024, 4096, 256)
+    tasks = [t for c in CATEGORIES[:3] for t in make_tasks("test", c, -(-n_tasks // 3))][:n_tasks]
+    p = probe(model, chat, [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks])
+    lines = [" " * 8 + "".join(f"{slot:>11s}" for slot in (*SLOTS, "off"))]
+    for c in (*LEGAL, "json", "content"):
+        lines.append(f"{c:8s}" + "".join(f"{p[f'p/{c}|{s}']:10.2e}{'*' if LEGAL.get(c) == s else ' '}" if f"p/{c}|{s}" in p else ""
+                                         for s in (*SLOTS, "off")))
+    return "\n".join(lines + [f"{name[2:]} {p[name]:.4g}" for name in ("p/short_circuit", "p/calls_exact", "p/log_likelihood")])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Pictures. Readable in black and white: the states differ in hatching as well as in grey value, lines in their dashes.
 FILLS = {"call": ("#1b5e9b", ""), "reply": ("#9ec9ea", ""), "polluted": ("#e08214", "///"), "collapsed": ("#7f3b08", "xx"),
@@ -584,6 +601,8 @@ def main(argv=None):
     p.add_argument("--transcripts", action="store_true", help="conversations from healthy to collapsed, as Markdown")
     p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     p.add_argument("--heat", metavar="PNG", help="draw the first run's control tokens by slot over time")
+    p.add_argument("--probe", action="store_true", help="control-token probabilities by slot, of run folders' newest checkpoints or "
+                   "of any Hugging Face folder whose tokenizer has <tool_call>")
     p.add_argument("--autopsy", metavar="BASE", help="what exactly is broken in these runs' newest checkpoints, compared with the "
                    "model folder BASE (that they started from): minutes on two cores")
     p.add_argument("--autopsy_tasks", type=int, default=30, help="test tasks per category there")
@@ -594,7 +613,9 @@ def main(argv=None):
     drawn, found = [], {}
     for out in a.runs:
         try:
-            if a.autopsy:
+            if a.probe:
+                print(f"== {out}", probe_text(out), sep="\n\n", end="\n\n")
+            elif a.autopsy:
                 print(f"== {out}")
                 found[str(out)] = autopsy(out, a.autopsy, a.autopsy_tasks)
             elif a.plot or a.heat:

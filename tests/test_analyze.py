@@ -172,6 +172,14 @@ def test_repair_teaches_and_leaves_the_patient_alone(model, chat):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_probe_of_any_checkpoint(folder, capsys):
+    base = str(next(p for p in (folder / "runs").glob("tiny-base-*")))
+    assert main(["--probe", "runs/first", base, "runs/first/checkpoints/step-2"]) == 0
+    run, model, checkpoint = capsys.readouterr().out.split("== ")[1:]
+    assert run.splitlines()[1:] == checkpoint.splitlines()[1:] != model.splitlines()[1:]
+    assert "in_call" in run and "short_circuit" in run
+
+
 def test_autopsy_command(folder, capsys):
     """The command line on the run that the fixture trained: every line of the report, as a file too."""
     base = next(p for p in (folder / "runs").glob("tiny-base-*"))
