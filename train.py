@@ -54,7 +54,7 @@ def parse_args(argv=None):
                    "vanilla GRPO, sft = demonstrations, ops = ground truth in the group, hbg = hints, ets = ground truth of "
                    "failed tasks, prs = ets + reflections")
     g.add_argument("--schedule", choices=SCHEDULES, default="rl", help="when which update runs (see `what`)")
-    g.add_argument("--steps", type=int, default=80, help="RL steps")
+    g.add_argument("--steps", type=int, default=100, help="RL steps")
     g.add_argument("--sft_steps", type=int, default=30, help="SFT steps of the schedules sft and sft_then_rl")
     g.add_argument("--seed", type=int, default=0, help="seed of the task order and of all sampling")
     g = p.add_argument_group("schedules interleaved and synchronous")
@@ -131,7 +131,7 @@ def parse_args(argv=None):
     g.add_argument("--kl", choices=KLS, default="k3", help="estimator of the KL to the reference model")
     g.add_argument("--kl_weight", type=float, default=0.0, help="0 = no reference model at all (the paper: 1e-4)")
     g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
+    g.add_argument("--lr", type=float, default=5e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
     g.add_argument("--sft_lr", type=float, default=5e-4, help="learning rate of SFT updates (the paper: 1e-5 or 1e-6)")
     g.add_argument("--sft_batch", type=int, default=32, help="demonstrations per SFT step, over all processes")
     g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")

@@ -28,7 +28,7 @@ from analyze_tokens import Alarm, collapse, mean, pyplot, read_rows, smooth  # n
 from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
-COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"
+COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for evaluations and --keep
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
     "none": ("", 5),
