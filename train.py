@@ -445,8 +445,8 @@ def evaluation_sets(a):
 
 
 def evaluate(model, chat, sets, a, rank, world):
-    """-> {"base": .12, ..., "average": .10, "average_clean": .08 (solved, and every message clean), "content_ood": .02,
-    "format_ood": .2, "state/call": .5, ...}"""
+    """-> {"base": .12, ..., "content_ood": .02, "format_ood": .2, "average": .10 (of the four categories), "average_clean": .08
+    (solved, and every message clean), "format_ood_clean": .15, ..., "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     envs = [env for _, env in work]
     episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
@@ -454,7 +454,8 @@ def evaluate(model, chat, sets, a, rank, world):
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
-    result["average_clean"] = mean(r * is_clean(states) for name, r, states in done if name in CATEGORIES)
+    clean = {name: mean(r * is_clean(states) for n, r, states in done if n == name) for name in sets}
+    result |= {"average_clean": mean(clean[c] for c in CATEGORIES)} | {f"{n}_clean": clean[n] for n in ("content_ood", "format_ood")}
     states = Counter(s for name, _, states in done if name in CATEGORIES for s in states)
     return result | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 

@@ -6,8 +6,9 @@
     python results/study.py --tables             the tables of README, from the packed rows alone
 
 Each run is one `train.py` command line: COMMON plus a line of RECIPES plus --seed. Runs live under runs/study/ and continue
-where they were interrupted; a finished run's rows are packed into results/study/RECIPE-seedN.csv, all rows, rounded to four
-digits, without the columns that no table or picture uses.
+where they were interrupted. A finished run is evaluated once more, under the same rule whatever it was trained with (columns
+final/*); then its rows are packed into results/study/RECIPE-seedN.csv, all rows, rounded to four digits, without the columns
+that no table or picture uses.
 """
 import argparse
 import csv
@@ -60,13 +61,14 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "ets_sft_lr2e-3": ("--signal ets --schedule interleaved --sft_lr 2e-3", 3),
 }
 KEEP = ("step", "phase", "reward", "reward_clean", "mixed_groups", "state/", "entropy", "kl_sampler", "kl_ref", "grad_norm", "push/",
-        "p/", "alarm", "eval/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
+        "p/", "alarm", "eval/", "final/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
 
 
-def command(name, seed, out):
-    flags, _ = RECIPES[name]
-    return [sys.executable, str(ROOT / "train.py"), *COMMON.split(), *flags.split(), "--seed", str(seed), "--threads", "1",
-            "--out", str(out)]
+FINAL = "--eval_only --closing lenient"
+
+
+def flags_of(name, seed, out):
+    return [*COMMON.split(), *RECIPES[name][0].split(), "--seed", str(seed), "--threads", "1", "--out", str(out)]
 
 
 def finished(out):
@@ -79,11 +81,12 @@ def finished(out):
     return len(evals) >= 2 and evals[-1] > max((r["step"] for r in rows if "phase" in r), default=0)
 
 
-def pack(out, path):
+def pack(out, path, final=None):
     """runs/study/none-seed0 -> results/study/none-seed0.csv: one line per step, probe, evaluation and training merged"""
     steps = {}
     for row in read_rows(out):
         steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k.startswith(KEEP)})
+    steps[max(steps)] |= {f"final/{k}": v for k, v in (final or {}).items()}
     columns = list(dict.fromkeys(k for row in steps.values() for k in row))
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
@@ -97,17 +100,24 @@ def work(names, seeds):
     return sorted(jobs, key=lambda job: job[1] >= 3)
 
 
+def call(log, *argv):
+    with open(log, "a") as f:
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], stdout=f, stderr=f,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
 def run_one(name, seed):
+    """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
     out, packed = Path("runs/study") / f"{name}-seed{seed}", HERE / "study" / f"{name}-seed{seed}.csv"
-    if not packed.exists():
-        if not finished(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{out}.log", "a") as log:
-                done = subprocess.run(command(name, seed, out) + (["--resume"] if out.exists() else []), stdout=log, stderr=log,
-                                      env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                return f"{name}-seed{seed} failed with status {done.returncode}; see {out}.log"
-        pack(out, packed)
+    if packed.exists():
+        return None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    status = 0 if finished(out) else call(f"{out}.log", *flags_of(name, seed, out), *(["--resume"] if out.exists() else []))
+    if status == 0 and not (out / "eval.json").exists():
+        status = call(f"{out}.log", *FINAL.split(), "--threads", "1", "--model", str(out), "--out", str(out))
+    if status:
+        return f"{name}-seed{seed} failed with status {status}; see {out}.log"
+    pack(out, packed, json.loads((out / "eval.json").read_text()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,8 +153,13 @@ def percent(values):
     return spread([100 * v for v in values], 0)
 
 
-def evaluation(rows, name, which=-1):
-    return [r[f"eval/{name}"] for r in rows if f"eval/{name}" in r][which]
+def final(rows, name):
+    return rows[-1][f"final/{name}"]
+
+
+def base_score(name):
+    """The same evaluation of the model that every run starts from"""
+    return json.loads((HERE / "study" / "base.json").read_text())[name]
 
 
 def falls(done, name):
@@ -164,7 +179,7 @@ def recipe_table(names):
         rl = [rows for rows in done if any("reward" in r for r in rows)]
         lines.append(" | ".join([
             f"| `{name}`", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
-            percent([late(r, *MALFORMED) for r in rl]), *(percent([evaluation(r, n) for r in done]) for n in ("average_clean", "format_ood")),
+            percent([late(r, *MALFORMED) for r in rl]), *(percent([final(r, n) for r in done]) for n in ("average_clean", "format_ood_clean")),
             falls(rl, "reward_clean") if rl else "–", f"{mean(sum(r.get('sft_visits', 0) for r in rows) for rows in done):.0f} |"]))
     return "\n".join(lines)
 
@@ -217,7 +232,7 @@ def alarm_table(names=ALARM_RUNS):
 
 
 def change(rows, name):
-    return evaluation(rows, name) - evaluation(rows, name, 0)
+    return final(rows, name) - base_score(name)
 
 
 def interval(draw, n=2000):
@@ -230,13 +245,13 @@ def crossing_table(names=MAIN):
     """Does a recipe trade the unseen syntax for the trained one? Change of greedy scores from start to end, in points; the last
     column is (trained - unseen) of the recipe minus the same of `none`, with a bootstrap over seeds."""
     lines = ["| recipe | trained syntax, clean | unseen syntax | difference to `none` in (trained - unseen), 95 % |", "|---" * 4 + "|"]
-    gaps = lambda done: [100 * (change(r, "average_clean") - change(r, "format_ood")) for r in done]
+    gaps = lambda done: [100 * (change(r, "average_clean") - change(r, "format_ood_clean")) for r in done]
     plain = gaps(runs("none"))
     for name in names:
         if not (done := runs(name)):
             continue
         low, high = interval(lambda rng: rng.choice(gaps(done), len(done)).mean() - rng.choice(plain, len(plain)).mean())
-        lines.append(f"| {name} | {percent([change(r, 'average_clean') for r in done])} | {percent([change(r, 'format_ood') for r in done])} | "
+        lines.append(f"| {name} | {percent([change(r, 'average_clean') for r in done])} | {percent([change(r, 'format_ood_clean') for r in done])} | "
                      + ("–" if name == "none" else f"{mean(gaps(done)) - mean(plain):+.0f} ({low:+.0f} to {high:+.0f})") + " |")
     return "\n".join(lines)
 
@@ -343,17 +358,17 @@ def bars(plt, png, names=MAIN):
     """Trained and unseen syntax at the end, one pair of bars per recipe; whiskers: lowest and highest seed"""
     names = [n for n in names if runs(n)]
     fig, ax = plt.subplots(figsize=(9, 3))
-    for k, (metric, label, colour, hatch) in enumerate((("average_clean", "trained syntax (clean)", "#1b5e9b", ""),
-                                                        ("format_ood", "unseen syntax", "#e8c48a", "///"))):
-        values = [[100 * evaluation(r, metric) for r in runs(n)] for n in names]
+    for k, (metric, label, colour, hatch) in enumerate((("average_clean", "trained syntax", "#1b5e9b", ""),
+                                                        ("format_ood_clean", "unseen syntax", "#e8c48a", "///"))):
+        values = [[100 * final(r, metric) for r in runs(n)] for n in names]
         middle = [mean(v) for v in values]
         ax.bar([i + 0.38 * k - 0.19 for i in range(len(names))], middle, 0.38, label=label, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
                yerr=[[m - min(v) for m, v in zip(middle, values)], [max(v) - m for m, v in zip(middle, values)]], capsize=2,
                error_kw={"lw": 0.8})
-        start = 100 * evaluation(runs("none")[0], metric, 0)
+        start = 100 * base_score(metric)
         ax.axhline(start, color="black", ls=("-", "--")[k], lw=0.8, label=f"... before training: {start:.0f} %")
     ax.set_xticks(range(len(names)), [f"{n}\n{len(runs(n))} seeds" for n in names])
-    ax.set_ylabel("test tasks solved, %, greedy")
+    ax.set_ylabel("test tasks solved with\nclean messages, %, greedy")
     ax.legend(ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     fig.tight_layout()
     fig.savefig(png, dpi=110)
@@ -413,11 +428,14 @@ def main():
     elif a.list:
         for name, seed in jobs:
             done = (HERE / "study" / f"{name}-seed{seed}.csv").exists()
-            print("done   " if done else "missing", " ".join(command(name, seed, f"runs/study/{name}-seed{seed}")[1:]))
+            print("done   " if done else "missing", "python train.py", *flags_of(name, seed, f"runs/study/{name}-seed{seed}"))
     else:
         (HERE / "study").mkdir(exist_ok=True)
+        Path("runs/study").mkdir(parents=True, exist_ok=True)
         # the embedded base model first: two runs at once must not both make it
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--eval_only", "--eval_tasks", "3"], check=True)
+        if call("runs/study/base.log", *FINAL.split(), "--out", "runs/study/base"):
+            sys.exit("the base model cannot be made; see runs/study/base.log")
+        (HERE / "study" / "base.json").write_text(Path("runs/study/base/eval.json").read_text())
         failures = []
         with ThreadPoolExecutor(a.parallel) as pool:
             for failure in tqdm(pool.map(lambda job: run_one(*job), jobs), total=len(jobs), desc="study"):
