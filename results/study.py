@@ -30,6 +30,7 @@ from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
 COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for evaluations and --keep
+FAST = "--lr 1e-3 --steps 60"
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
     "none": ("", 5),
@@ -43,22 +44,26 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "adaptive": ("--signal ets --schedule adaptive --sft_budget 256", 5),         # about as many rows as ets trains
     "random_time": ("--signal ets --schedule adaptive --sft_budget 256 --trigger random", 5),
     "ets_sync": ("--signal ets --schedule synchronous --sft_batch 16", 3),
-    # which cause? one thing changed in `none`
-    "random_reward": ("--reward random", 3),
-    "format_reward": ("--reward format", 3),
-    "positive_only": ("--only positive", 3),
-    "negative_only": ("--only negative", 3),
-    "kl": ("--kl_weight 0.01", 3),
-    "mask_control": ("--mask_control", 3),
-    "retokenize": ("--retokenize", 3),
+    # which cause? at twice the learning rate, where every seed collapses within 60 steps; one thing changed in `fast`
+    "fast": (FAST, 5),
+    "fast_strict": (FAST + " --closing strict", 5),
+    "fast_random_reward": (FAST + " --reward random", 3),
+    "fast_format_reward": (FAST + " --reward format", 3),
+    "fast_positive_only": (FAST + " --only positive", 3),
+    "fast_negative_only": (FAST + " --only negative", 3),
+    "fast_mask_control": (FAST + " --mask_control", 3),
+    "fast_one_update": (FAST + " --updates 1", 3),
+    "fast_kl": (FAST + " --kl_weight 0.01", 3),
+    "fast_ets": (FAST + " --signal ets --schedule interleaved", 3),
+    "fast_adaptive": (FAST + " --signal ets --schedule adaptive --sft_budget 256", 3),
+    "fast_ets_sync": (FAST + " --signal ets --schedule synchronous --sft_batch 16", 3),
+    # the paper's side questions, at the main rate
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
-    # learning rates
-    "none_lr2e-4": ("--lr 2e-4", 3),
-    "strict_lr2e-4": ("--lr 2e-4 --closing strict", 3),
-    "none_lr1e-3": ("--lr 1e-3", 5),
-    "strict_lr1e-3": ("--lr 1e-3 --closing strict", 5),
+    "retokenize": ("--retokenize", 3),
     "ets_sft_lr5e-5": ("--signal ets --schedule interleaved --sft_lr 5e-5", 3),
     "ets_sft_lr2e-3": ("--signal ets --schedule interleaved --sft_lr 2e-3", 3),
+    "slow": ("--lr 2e-4", 3),
+    "slow_strict": ("--lr 2e-4 --closing strict", 3),
 }
 KEEP = ("step", "phase", "reward", "reward_clean", "mixed_groups", "state/", "entropy", "kl_sampler", "kl_ref", "grad_norm", "push/",
         "p/", "alarm", "eval/", "final/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
@@ -72,13 +77,13 @@ def flags_of(name, seed, out):
 
 
 def finished(out):
-    """The closing evaluation is the last thing that a run writes."""
-    try:
-        rows = read_rows(out)
-    except Exception:                            # noqa: BLE001 -- no rows yet
+    """Has the run written its last checkpoint, that of its closing evaluation?"""
+    latest = Path(out) / "checkpoints" / "latest"
+    if not latest.exists():
         return False
-    evals = [r["step"] for r in rows if "eval/average" in r]
-    return len(evals) >= 2 and evals[-1] > max((r["step"] for r in rows if "phase" in r), default=0)
+    evaluated = [r["step"] for r in read_rows(out) if "eval/average" in r]
+    return len(evaluated) >= 2 and latest.read_text().strip() == f"step-{evaluated[-1]}" and not any(
+        "phase" in r for r in read_rows(out) if r["step"] >= evaluated[-1])
 
 
 def pack(out, path, final=None):
@@ -122,9 +127,9 @@ def run_one(name, seed):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
-MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "ets", "prs", "adaptive", "random_time", "ets_sync")
-CAUSES = ("none", "strict", "random_reward", "format_reward", "positive_only", "negative_only", "kl", "mask_control", "retokenize",
-          "hbg", "hbg_hint_kept")
+MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
+        "adaptive", "random_time", "ets_sync", "retokenize")
+CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/short_circuit", "p/moved", "state/polluted", "entropy",
              "kl_sampler", "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
@@ -187,9 +192,9 @@ def recipe_table(names):
 def phase_table():
     """collapse yes/no over learning rate x closing rule x seed"""
     lines = ["| learning rate | closing | reward collapsed | clean reward collapsed | malformed messages at the end, % |", "|---" * 5 + "|"]
-    for lr in ("2e-4", "5e-4", "1e-3"):
-        for closing, recipe in (("lenient", "none"), ("strict", "strict")):
-            if done := runs(recipe if lr == "5e-4" else f"{recipe}_lr{lr}"):
+    for lr, lenient, strict in (("2e-4", "slow", "slow_strict"), ("5e-4", "none", "strict"), ("1e-3", "fast", "fast_strict")):
+        for closing, recipe in (("lenient", lenient), ("strict", strict)):
+            if done := runs(recipe):
                 lines.append(f"| {lr} | {closing} | {falls(done, 'reward')} | {falls(done, 'reward_clean')} | "
                              f"{percent([late(r, *MALFORMED) for r in done])} |")
     return "\n".join(lines)
@@ -209,8 +214,7 @@ def rings(rows, name, factor):
     return next((step for step, value in series(rows, name) if alarm.update(value)), None)
 
 
-ALARM_RUNS = ("none", "strict", "none_lr1e-3", "strict_lr1e-3", "random_reward", "positive_only", "negative_only", "format_reward",
-              "sft_then_rl", "ets", "prs", "ops", "hbg")
+ALARM_RUNS = tuple(name for name in RECIPES if "adaptive" not in name and name not in ("sft", "random_time"))
 
 
 def alarm_table(names=ALARM_RUNS):
@@ -269,7 +273,7 @@ def peak_step(rows, name):
     return steps[values.index(max(values))], max(values)
 
 
-def story_table(names=("none", "strict", "none_lr1e-3", "random_reward")):
+def story_table(names=("none", "fast", "fast_strict")):
     """One line per run: how fast, in which order, and how far the short circuit came"""
     lines = ["| run | clean reward: 80 % of its peak to 10 %, steps | polluted: highest, step | collapsed: highest, step | "
              "short circuit: highest | P(open, text): first, highest |", "|---" * 6 + "|"]
@@ -283,7 +287,7 @@ def story_table(names=("none", "strict", "none_lr1e-3", "random_reward")):
     return "\n".join(lines)
 
 
-def pressure_table(names=("none", "strict", "random_reward", "positive_only", "negative_only", "ets"), first=20):
+def pressure_table(names=("none", "strict", "ets", "fast", "fast_random_reward"), first=0):
     """Who pushes the open tag's logit? Sums over the RL steps from `first` on, per 1,000 trained tokens, mean over seeds"""
     lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
              "|---" * 7 + "|"]
@@ -328,7 +332,7 @@ def pictures():
     detectors(plt, out / "alarm.png")
 
 
-def aligned(plt, png, names=("none", "none_lr1e-3")):
+def aligned(plt, png, names=("none", "fast")):
     """Every run whose clean reward halved for good, on one axis: steps from that fall"""
     done = [(rows, found["step"]) for name in names for rows in runs(name)
             if (found := collapse(rows, name="reward_clean", share=0.5))]
