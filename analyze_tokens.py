@@ -75,12 +75,12 @@ def smooth(rows, name, window=5):
 #      last     where the message should end                           legal: the end token
 SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
 LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right
-PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *(f"p/{c}|off" for c in LEGAL), "p/short_circuit",
-          "p/calls_exact", "p/log_likelihood", "p/moved")
+PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *(f"p/{c}|off" for c in LEGAL),
+          "p/short_circuit", "p/calls_exact", "p/log_likelihood", "p/moved")
 
 
 def token_classes(chat):
-    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [ids that spell only punctuation]}; the rest is content"""
+    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [ids that spell only punctuation]}; content: the rest"""
     added = chat.tokenizer.get_added_vocab()
     ids = {"open": added[OPEN], "close": added[CLOSE], "end": chat.end_id, "start": added.get("<|im_start|>")}
     out = {name: [] if i is None else [i] for name, i in ids.items()}
@@ -171,7 +171,8 @@ def rollout_metrics(done):
     mixed = mean(len(set(rewards)) > 1 for rewards in groups.values())           # the others teach nothing
     done = [d for d in done if d[5] != "truth"]
     states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
-    return {"reward": mean(d[1] for d in done), "reward_clean": mean(d[1] * is_clean(d[2]) for d in done), "mixed_groups": mixed,
+    return {"reward": mean(d[1] for d in done), "reward_clean": mean(d[1] * is_clean(d[2]) for d in done),
+            "mixed_groups": mixed,
             **{f"state/{s}": states[s] / max(states.total(), 1) for s in STATES},
             "no_call": mean("call" not in d[2] for d in done),
             "messages": states.total() / len(done), "message_tokens": sum(d[4] for d in done) / max(states.total(), 1),
@@ -255,13 +256,13 @@ def summary(out):
     text = [table({"before": evals[0], "after": evals[-1]})] if evals else []
     found, clean = collapse(rows), collapse(rows, name="reward_clean")
     if found or clean:
-        what, event = ("reward", found) if found else ("CLEAN reward (solved, and every message a complete call or plain text)", clean)
+        what, event = ("reward", found) if found else ("CLEAN reward (solved, every message a complete call or plain text)", clean)
         shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
         text.append(f"\nCOLLAPSE at step {event['step']}: the {what} fell below a tenth of its peak ({event['peak']:.2f} at step "
                     f"{event['peak_step']}) and stayed there.\nWhat the messages became: {shift}.")
         if not found:
-            text.append(f"The task reward does not see it (last 5 steps: {smooth(rows, 'reward')[1][-1]:.2f}): with --closing lenient any "
-                        "message without a complete call ends the turn.")
+            text.append(f"The task reward does not see it (last 5 steps: {smooth(rows, 'reward')[1][-1]:.2f}): with --closing "
+                        "lenient any message without a complete call ends the turn.")
     elif any("reward" in r for r in rows):
         text.append("\nNo collapse: neither the reward nor the clean reward fell below a tenth of its peak for good.")
     if skipped := sum(r.get("skipped_updates", 0) for r in rows):
@@ -290,8 +291,8 @@ def timeline(rows, points=12):
     return "\n".join(lines)
 
 
-HEADER = """| run | task reward: first, peak, last | clean reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | collapse: reward, clean reward |
-|---|---|---|---|---|"""
+HEADER = ("| run | task reward: first, peak, last | clean reward: first, peak, last | P(`<tool_call>` where text should begin): "
+          "first, highest | collapse: reward, clean reward |\n|---|---|---|---|---|")
 
 
 def table_row(path, window=5):
@@ -391,7 +392,7 @@ class Swapped:
 @torch.no_grad()
 def knows(model, chat, tasks, syntax, limits):
     """Teacher-forced: with the ground truth up to a point given, is every further token of the call (up to its last brace,
-    without the closing tag) the model's first choice?   -> shares for the three points [<tool_call>, the name's start, its end]"""
+    without the closing tag) the model's first choice? -> shares for the points [<tool_call>, the name's start, its end]"""
     hits = []
     for task in tasks:
         row = play(chat, Env(task, syntax), demonstration(task, syntax), limits)
@@ -564,7 +565,8 @@ def heat(path, png):
     if not rows:
         raise UserError(f"{path} has no probes to draw; they need --probe_every in train.py.")
     fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True)
-    names = {"open": OPEN, "close": CLOSE, "end": "<|im_end|>", "start": "<|im_start|>", "json": "JSON punctuation", "content": "content"}
+    names = {"open": OPEN, "close": CLOSE, "end": "<|im_end|>", "start": "<|im_start|>", "json": "JSON punctuation",
+             "content": "content"}
     for ax, (c, title) in zip(axes.flat, names.items()):
         values = torch.tensor([[r.get(f"p/{c}|{slot}", 0.0) for r in rows] for slot in SLOTS]).clamp(min=1e-5).log10().numpy()
         image = ax.imshow(values, aspect="auto", cmap="Greys", vmin=-5, vmax=0, interpolation="nearest")
@@ -600,7 +602,7 @@ def pages(out, count=8):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What happened in these runs? Without a flag: scores, states over time, the verdict.")
+    p = argparse.ArgumentParser(description="What happened in these runs? Without a flag: scores, states over time, verdict.")
     p.add_argument("runs", nargs="+", help="run folders, or their rows (metrics.jsonl, .csv)")
     p.add_argument("--markdown", action="store_true", help="one table row per run")
     p.add_argument("--transcripts", action="store_true", help="conversations from healthy to collapsed, as Markdown")

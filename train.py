@@ -34,7 +34,8 @@ from transformers.utils import logging as hf_logging
 
 import supervision
 import tools
-from analyze_tokens import PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
+from analyze_tokens import (PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table,
+                            token_classes, truth_logprobs)
 from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
 from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
@@ -74,8 +75,8 @@ def parse_args(argv=None):
     g.add_argument("--alarm_checks", type=int, default=2, help="... for so many probes in a row, and is silent after as many "
                    "below half of that")
     g.add_argument("--stop_on_alarm", action="store_true", help="stop the run when the alarm rings, with a checkpoint")
-    g.add_argument("--trigger", choices=("alarm", "random"), default="alarm", help="adaptive: a burst of SFT at every probe while "
-                   "the alarm rings, or (the control) at random probes")
+    g.add_argument("--trigger", choices=("alarm", "random"), default="alarm", help="adaptive: a burst of SFT at every "
+                   "probe while the alarm rings, or (the control) at random probes")
     g.add_argument("--burst_rows", type=int, default=64, help="adaptive: rows trained in a burst")
     g.add_argument("--sft_budget", type=int, default=384, help="adaptive: rows trained in all bursts together")
     g = p.add_argument_group("signals")
@@ -99,8 +100,8 @@ def parse_args(argv=None):
                    "each, as the paper's release does")
     g.add_argument("--split_groups", action="store_true", help="spread each group over the mini-batches of a step (as released)")
     g.add_argument("--only", choices=("positive", "negative"), default=None, help="use only the advantages of one sign")
-    g.add_argument("--reward", choices=("task", "random", "format"), default="task", help="what the advantages are made of: random "
-                   "= a coin that shows 1 in 5 times, format = task + 0.5 if every message is a clean call or reply")
+    g.add_argument("--reward", choices=("task", "random", "format"), default="task", help="what the advantages are "
+                   "made of: random = a coin that shows 1 in 5 times, format = task + 0.5 if every message is clean")
     g.add_argument("--mask_control", action="store_true", help="a negative advantage does not push control tokens")
     g = p.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny = the embedded model (built and pre-trained at first use, then "
@@ -486,7 +487,8 @@ def evaluate(model, chat, sets, a, rank, world):
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
     clean = {name: mean(r * is_clean(states) for n, r, states in done if n == name) for name in sets}
-    result |= {"average_clean": mean(clean[c] for c in CATEGORIES)} | {f"{n}_clean": clean[n] for n in ("content_ood", "format_ood")}
+    result |= {"average_clean": mean(clean[c] for c in CATEGORIES)}
+    result |= {f"{name}_clean": clean[name] for name in ("content_ood", "format_ood")}
     states = Counter(s for name, _, states in done if name in CATEGORIES for s in states)
     return result | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 

@@ -29,7 +29,7 @@ from analyze_tokens import Alarm, collapse, mean, pyplot, read_rows, smooth  # n
 from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
-COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for evaluations and --keep
+COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for the last three
 FAST = "--lr 1e-3 --steps 60"
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
@@ -65,10 +65,8 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "slow": ("--lr 2e-4", 3),
     "slow_strict": ("--lr 2e-4 --closing strict", 3),
 }
-KEEP = ("step", "phase", "reward", "reward_clean", "mixed_groups", "state/", "entropy", "kl_sampler", "kl_ref", "grad_norm", "push/",
-        "p/", "alarm", "eval/", "final/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
-
-
+KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/", "alarm", "eval/", "final/",
+        "sft_visits", "sft_updates", "sft_loss", "skipped_updates", "hint_log_ratio", "messages", "no_call")
 FINAL = "--eval_only --closing lenient"
 
 
@@ -182,16 +180,19 @@ def recipe_table(names):
         if not (done := runs(name)):
             continue
         rl = [rows for rows in done if any("reward" in r for r in rows)]
+        rows_trained = mean(sum(r.get("sft_visits", 0) for r in rows) for rows in done)
         lines.append(" | ".join([
             f"| `{name}`", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
-            percent([late(r, *MALFORMED) for r in rl]), *(percent([final(r, n) for r in done]) for n in ("average_clean", "format_ood_clean")),
-            falls(rl, "reward_clean") if rl else "–", f"{mean(sum(r.get('sft_visits', 0) for r in rows) for rows in done):.0f} |"]))
+            percent([late(r, *MALFORMED) for r in rl]), percent([final(r, "average_clean") for r in done]),
+            percent([final(r, "format_ood_clean") for r in done]), falls(rl, "reward_clean") if rl else "–",
+            f"{rows_trained:.0f} |"]))
     return "\n".join(lines)
 
 
 def phase_table():
     """collapse yes/no over learning rate x closing rule x seed"""
-    lines = ["| learning rate | closing | reward collapsed | clean reward collapsed | malformed messages at the end, % |", "|---" * 5 + "|"]
+    lines = ["| learning rate | closing | reward collapsed (step) | clean reward collapsed (step) | malformed messages at the end, % |",
+             "|---" * 5 + "|"]
     for lr, lenient, strict in (("2e-4", "slow", "slow_strict"), ("5e-4", "none", "strict"), ("1e-3", "fast", "fast_strict")):
         for closing, recipe in (("lenient", lenient), ("strict", strict)):
             if done := runs(recipe):
@@ -255,8 +256,9 @@ def crossing_table(names=MAIN):
         if not (done := runs(name)):
             continue
         low, high = interval(lambda rng: rng.choice(gaps(done), len(done)).mean() - rng.choice(plain, len(plain)).mean())
-        lines.append(f"| {name} | {percent([change(r, 'average_clean') for r in done])} | {percent([change(r, 'format_ood_clean') for r in done])} | "
-                     + ("–" if name == "none" else f"{mean(gaps(done)) - mean(plain):+.0f} ({low:+.0f} to {high:+.0f})") + " |")
+        both = [percent([change(r, metric) for r in done]) for metric in ("average_clean", "format_ood_clean")]
+        difference = f"{mean(gaps(done)) - mean(plain):+.0f} ({low:+.0f} to {high:+.0f})" if name != "none" else "–"
+        lines.append(f"| `{name}` | {both[0]} | {both[1]} | {difference} |")
     return "\n".join(lines)
 
 
@@ -336,8 +338,8 @@ def aligned(plt, png, names=("none", "fast")):
     """Every run whose clean reward halved for good, on one axis: steps from that fall"""
     done = [(rows, found["step"]) for name in names for rows in runs(name)
             if (found := collapse(rows, name="reward_clean", share=0.5))]
-    panels = {"reward_clean": "clean reward", "state/polluted": "polluted messages", "p/open|text": "P(<tool_call> where text\nshould begin)",
-              "p/calls_exact": "ground-truth calls that are\nthe model's first choice"}
+    panels = {"reward_clean": "clean reward", "state/polluted": "polluted messages",
+              "p/open|text": "P(<tool_call> where text\nshould begin)", "p/calls_exact": "ground-truth calls that are\nthe model's first choice"}
     fig, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), sharex=True)
     for ax, (name, title) in zip(axes, panels.items()):
         curves = []
@@ -352,7 +354,8 @@ def aligned(plt, png, names=("none", "fast")):
         ax.set_title(title)
         ax.set_xlabel("steps from the fall")
     axes[2].set_yscale("log")
-    fig.suptitle(f"{len(done)} runs aligned where the clean reward falls below half of its peak for good (grey: runs, black: mean)", fontsize=8)
+    fig.suptitle(f"{len(done)} runs, aligned where the clean reward falls below half of its peak for good (grey: runs, black: mean)",
+                 fontsize=8)
     fig.tight_layout()
     fig.savefig(png, dpi=110)
     plt.close(fig)
@@ -366,8 +369,8 @@ def bars(plt, png, names=MAIN):
                                                         ("format_ood_clean", "unseen syntax", "#e8c48a", "///"))):
         values = [[100 * final(r, metric) for r in runs(n)] for n in names]
         middle = [mean(v) for v in values]
-        ax.bar([i + 0.38 * k - 0.19 for i in range(len(names))], middle, 0.38, label=label, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
-               yerr=[[m - min(v) for m, v in zip(middle, values)], [max(v) - m for m, v in zip(middle, values)]], capsize=2,
+        ax.bar([i + 0.38 * k - 0.19 for i in range(len(names))], middle, 0.38, label=label, color=colour, hatch=hatch,
+               edgecolor="black", lw=0.4, yerr=[[m - min(v) for m, v in zip(middle, values)], [max(v) - m for m, v in zip(middle, values)]], capsize=2,
                error_kw={"lw": 0.8})
         start = 100 * base_score(metric)
         ax.axhline(start, color="black", ls=("-", "--")[k], lw=0.8, label=f"... before training: {start:.0f} %")
