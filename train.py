@@ -33,8 +33,8 @@ from transformers.utils import logging as hf_logging
 import supervision
 import tools
 from analyze_tokens import PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
-from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
-from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
+from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl_backward
+from rollout import Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
 from sft_step import optimizer_step, sft_backward
 from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
 from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
@@ -120,6 +120,19 @@ def parse_args(argv=None):
     g.add_argument("--max_message_tokens", type=int, default=64, help="tokens per model message")
     g.add_argument("--max_total_tokens", type=int, default=1024, help="tokens per episode")
     g.add_argument("--max_observation_tokens", type=int, default=256, help="tokens kept of one tool result (the last ones)")
+    g = p.add_argument_group("sampler")
+    g.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="hf = sample from the trained model itself, vllm = "
+                   "from a copy in vLLM, which gets the new weights before every rollout and evaluation")
+    g.add_argument("--kv_cache_gb", type=float, default=0.25, help="vllm: GiB for keys and values, per process")
+    g.add_argument("--engine_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="vllm: precision "
+                   "of its copy; auto = --dtype")
+    g.add_argument("--gap_alarm", type=float, default=0.05, help="warn when the metric `gap`, mean |log p trainer - log p "
+                   "sampler| before the first update, is above this")
+    g.add_argument("--correction", choices=CORRECTIONS, default="none", help="weigh the policy loss by min(cap, p trainer / p "
+                   "sampler) per token, or by the product over the rollout (see rl_step.sampler_correction)")
+    g.add_argument("--correction_cap", type=float, default=2.0, help="the cap")
+    g.add_argument("--correct", nargs="+", choices=("policy", "hinted", "truth"), default=["policy"], help="whose rollouts are "
+                   "corrected. hinted: p(token) / p(token | hint); truth: p(token), as if its sampler were certain of each")
     g = p.add_argument_group("policy loss")
     g.add_argument("--loss", choices=LOSSES, default="grpo", help="variant of the policy loss (see rl_step.py)")
     g.add_argument("--advantage", choices=("std", "mean"), default=None, help="divide a group's advantages by their std, or "
@@ -166,7 +179,7 @@ def parse_args(argv=None):
                             steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0, sft_lr=0,
                             sft_epochs=1, sft_weight=0, alarm_factor=1, alarm_checks=1, burst_rows=1, sft_budget=0, probe_tasks=1,
                             ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0, clip_low=0, clip_high=0,
-                            dual_clip=1, max_grad_norm=0).items():
+                            dual_clip=1, max_grad_norm=0, gap_alarm=0, correction_cap=1, kv_cache_gb=0.001).items():
         if getattr(a, name) is not None and not getattr(a, name) >= least:      # `not >=` also refuses nan
             p.error(f"--{name} {getattr(a, name)} must be at least {least}")
     for name in ("eval_every", "save_every", "probe_every", "keep", "threads"):
@@ -199,6 +212,8 @@ def parse_args(argv=None):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
     if a.signal == "prs" and a.group < 2:
         p.error("prs reflects on rollout 1 of each group, so --group must be at least 2")
+    if a.correction != "none" and a.retokenize:
+        p.error("--correction compares with the sampler's log-probabilities, and --retokenize has none; drop one of them")
     if a.reanchor_kl and not a.kl_weight:
         p.error("--reanchor_kl needs a --kl_weight above 0")
     if a.resume and a.eval_only:
@@ -337,6 +352,12 @@ def load_model(name, a, device):
     return model, Chat(tokenizer)
 
 
+def make_engine(a, model, chat):
+    if a.engine == "hf":
+        return HFEngine(model, chat.stop_ids)
+    return VLLMEngine(model, chat.stop_ids, a.max_total_tokens, a.kv_cache_gb, a.engine_dtype)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Checkpoints: HF format + optimizer + RNG + counters. A folder gets its name only when it is complete, and `latest` is
 #    written after that, so a run killed at ANY moment leaves the previous checkpoint in force.
@@ -401,7 +422,8 @@ def save_checkpoint(out, step, model, tokenizer, state, keep):
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device",
-                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
+                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache",
+                  "gap_alarm", "kv_cache_gb"}
 
 
 def check_run(a):
@@ -444,13 +466,12 @@ def evaluation_sets(a):
     return sets
 
 
-def evaluate(model, chat, sets, a, rank, world):
+def evaluate(engine, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "average": .10, "average_clean": .08 (solved, and every message clean), "content_ood": .02,
     "format_ood": .2, "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     envs = [env for _, env in work]
-    episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
-                       temperature=0.0)
+    episodes = rollout(engine, chat, envs, limits_of(a), [begin(chat, env) for env in envs], temperature=0.0)
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
@@ -477,6 +498,8 @@ def main(argv=None):
         raise UserError(f"--prompts {a.prompts} is less than the {world} processes; raise it.")
 
     # ---- model ------------------------------------------------------------------------------------------------------
+    if a.engine == "vllm":
+        import_vllm()                            # if it is missing, say so before anything is built
     checkpoint = None if a.eval_only else rank0_first(rank, lambda: check_run(a))
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
@@ -484,7 +507,7 @@ def main(argv=None):
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
     sets = evaluation_sets(a)
     if a.eval_only:
-        scores = evaluate(model, chat, sets, a, rank, world)
+        scores = evaluate(make_engine(a, model, chat), chat, sets, a, rank, world)
         say(table({"score": scores}))
         if a.out and rank == 0:
             Path(a.out).mkdir(parents=True, exist_ok=True)
@@ -508,6 +531,7 @@ def main(argv=None):
     if checkpoint:
         model, chat = load_model(checkpoint, a, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    engine = make_engine(a, model, chat)
 
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
@@ -531,7 +555,6 @@ def main(argv=None):
             cut_log(out / name, start)
     say(f"run folder: {out}, steps {start} to {last}")
 
-    engine = HFEngine(model, chat.stop_ids)
     bar = tqdm(total=last, initial=start, desc=str(out), disable=None if rank == 0 else True)      # None: only on a terminal
     for step in range(start, last + 1):
 
@@ -549,7 +572,9 @@ def main(argv=None):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
         if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
-            scores = evaluate(model, chat, sets, a, rank, world)
+            engine.load(model)                   # right before it samples, so it can never sample from old weights
+            scores = evaluate(engine, chat, sets, a, rank, world)
+            engine.sleep()
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
         if step > start and rank == 0 and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
@@ -596,7 +621,9 @@ def main(argv=None):
             # ---- roll out: G conversations per prompt, all of them together ---------------------------------------------
             batch = endless(tasks, n["prompts"], a.prompts, f"{a.seed} prompts")
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
+            engine.load(model)
             episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
+            engine.sleep()
             row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source) for e in episodes]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
             if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order
@@ -609,7 +636,10 @@ def main(argv=None):
                 episodes = [retokenized(chat, e) for e in episodes]
             unhinted = a.signal == "hbg" and not a.hint_in_update
             foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)]
-            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens)])
+            corrected = a.correct if a.correction != "none" else ()
+            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens, corrected)])
+            others = [e for e in episodes if e.source in corrected and e.old is None]
+            recompute_logprobs(model, others, a.micro_tokens, corrected)
             if unhinted:
                 row["hint_log_ratio"] = mean(gaps)                           # log p(token | hint) - log p(token | no hint)
 
@@ -629,6 +659,7 @@ def main(argv=None):
                                 clip=(a.clip_low, a.clip_high), dual_clip=a.dual_clip, kl=a.kl, kl_weight=a.kl_weight,
                                 reference=reference, shaped=a.signal == "ops" and a.ops_ratio == "shaped",
                                 masked_ids=control_ids if a.mask_control else (), micro_tokens=a.micro_tokens,
+                                correction=a.correction, cap=a.correction_cap,
                                 max_tokens=a.max_total_tokens, watch={k: classes[k][0] for k in ("open", "end")})
                 if rows:                         # synchronous: the cross-entropy is one more term, with its own normaliser
                     some = endless(rows, n["rows"], a.sft_batch, f"{a.seed} rows")
@@ -639,7 +670,10 @@ def main(argv=None):
             row |= {k: mean(m[k] for m in done) for k in done[0]}
             row |= {k: sum(m[k] for m in done) for k in ("tokens", "rl_tokens")} | {"skipped_updates": skipped}
             row |= {"sft_visits": a.updates * a.sft_batch} if rows else {}
-            row["gap"] = done[0]["gap"]          # |log p trainer - log p sampler| before any update: must be about 0
+            row |= {k: done[0][k] for k in ("gap", "gap_max")}   # |log p trainer - log p sampler| before any update: about 0
+            if not row["gap"] <= a.gap_alarm:    # so that nan warns too
+                say(f"step {step:4d}  WARNING: trainer and sampler differ by {row['gap']:.3g} per token (--gap_alarm "
+                    f"{a.gap_alarm:g}), at most by {row['gap_max']:.3g}; --correction token weighs the loss accordingly")
             n["rl_steps"] += 1
             n["prompts"] += a.prompts
 
@@ -726,7 +760,7 @@ def cli(argv=None):
         print("\ntrain.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and "vllm" not in sys.modules:          # a vLLM engine does it at exit, and fails if it is done
             dist.destroy_process_group()
 
 
