@@ -360,20 +360,28 @@ class VLLMEngine:
             raise UserError(f"--max_total_tokens {max_tokens} is more than the {longest} positions of the model, and vLLM "
                             "refuses to go beyond them; lower it.")
         config = copy.deepcopy(model.config)
+        dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        need = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize * max_tokens / 2**30
+        if kv_cache_gb < need:
+            raise UserError(f"--kv_cache_gb {kv_cache_gb:g} does not hold one conversation of --max_total_tokens {max_tokens}, "
+                            f"which needs {need:.2g}; raise it to several times that.")
         config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
         before = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
         with tempfile.TemporaryDirectory() as folder:        # the architecture is all that vLLM reads; weights come by `load`
             config.save_pretrained(folder)
             self.llm = LLM(
                 model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", max_model_len=max_tokens,
-                dtype=str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
+                dtype=str(dtype).removeprefix("torch."),
                 # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
                 logprobs_mode="processed_logprobs",
                 # The size of the cache is given, so the share of the GPU is only a check at start-up, which would count the
                 # trainer's memory as taken. A full cache is no error: the youngest conversations wait.
                 kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01, enable_prefix_caching=True,
                 enable_sleep_mode=self.sleeps, seed=0,
-                **({} if self.sleeps else {"enforce_eager": True, "block_size": 32}),    # the smallest block a CPU engine has
+                # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request with a seed
+                # of its own rewinds its random numbers after the first part, which a CPU's generator cannot do
+                **({} if self.sleeps else {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}),
                 # under torchrun: takes the process group that exists, and GPU number LOCAL_RANK
                 **({"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}))
         for name, value in before.items():       # vLLM overwrites both, for itself and for every process started later

@@ -170,7 +170,8 @@ def parse_args(argv=None):
     g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (test tasks, never trained)")
     g.add_argument("--save_every", type=int, default=25, help="checkpoint every so many steps (-1 = only the last)")
     g.add_argument("--keep", type=int, default=2, help="newest checkpoints kept (-1 = all)")
-    g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice)")
+    g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice; with "
+                   "--engine vllm on a CPU, 1)")
     a = p.parse_args(argv)
 
     # Flags that cannot work are refused here, before anything is built or written.
@@ -274,6 +275,8 @@ def total_steps(a):
 
 def start_processes(a):
     """-> rank, world size, device"""
+    if a.engine == "vllm" and a.threads < 0 and not torch.cuda.is_available():
+        a.threads = 1                            # vLLM's threads spin while they wait; where they compete: 20 times slower
     if a.threads > 0:
         torch.set_num_threads(a.threads)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

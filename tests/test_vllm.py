@@ -162,6 +162,14 @@ def test_limits_and_stop_ids(engine, chat):
     assert [len(out) for out, _ in engine.generate([Request(0, ids, 4, (0,)), Request(1, ids[:-1], 1, (0,))])] == [4, 1]
 
 
+def test_more_than_fits(engine, model, chat):
+    """More prompt tokens than vLLM computes in one pass, and a cache that holds only 3 of the 12 conversations: they wait or
+    start over, and say the same."""
+    todo = requests(chat, 12, 100, "plan " * 500)
+    small = VLLMEngine(model, {chat.end_id}, 1024, kv_cache_gb=0.002)
+    assert agree(engine.generate(todo), small.generate(todo))
+
+
 def test_sleep_and_wake(engine, model, chat):
     """The order of the calls, which is what a CPU can show (there is nothing to free here)."""
     llm, said = engine.llm, []
@@ -184,6 +192,8 @@ def test_sleep_and_wake(engine, model, chat):
 def test_too_long_for_the_model(model, chat):
     with pytest.raises(UserError, match="--max_total_tokens 5000 is more than the 4096 positions"):
         VLLMEngine(model, {chat.end_id}, 5000)
+    with pytest.raises(UserError, match="--kv_cache_gb 0.0009 does not hold one conversation of --max_total_tokens 1024"):
+        VLLMEngine(model, {chat.end_id}, 1024, 0.0009)
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------
