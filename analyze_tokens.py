@@ -81,7 +81,7 @@ PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *
 
 def token_classes(chat):
     """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [ids that spell only punctuation]}; the rest is content"""
-    added, out = chat.tokenizer.get_added_vocab(), {}
+    added = chat.tokenizer.get_added_vocab()
     ids = {"open": added[OPEN], "close": added[CLOSE], "end": chat.end_id, "start": added.get("<|im_start|>")}
     out = {name: [] if i is None else [i] for name, i in ids.items()}
     texts = chat.tokenizer.batch_decode([[i] for i in range(len(chat.tokenizer))])
@@ -253,12 +253,17 @@ def summary(out):
     rows = read_rows(out)
     evals = [{k[5:]: v for k, v in r.items() if k.startswith("eval/")} for r in rows if "eval/average" in r]
     text = [table({"before": evals[0], "after": evals[-1]})] if evals else []
-    if found := collapse(rows):
-        shift = ", ".join(f"{s} {found['before'][s]:.2f} -> {found['after'][s]:.2f}" for s in STATES)
-        text.append(f"\nCOLLAPSE at step {found['step']}: the reward fell below a tenth of its peak ({found['peak']:.2f} at step "
-                    f"{found['peak_step']}) and stayed there.\nWhat the messages became: {shift}.")
+    found, clean = collapse(rows), collapse(rows, name="reward_clean")
+    if found or clean:
+        what, event = ("reward", found) if found else ("CLEAN reward (solved, and every message a complete call or plain text)", clean)
+        shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
+        text.append(f"\nCOLLAPSE at step {event['step']}: the {what} fell below a tenth of its peak ({event['peak']:.2f} at step "
+                    f"{event['peak_step']}) and stayed there.\nWhat the messages became: {shift}.")
+        if not found:
+            text.append(f"The task reward does not see it (last 5 steps: {smooth(rows, 'reward')[1][-1]:.2f}): with --closing lenient any "
+                        "message without a complete call ends the turn.")
     elif any("reward" in r for r in rows):
-        text.append("\nNo collapse: the reward never fell below a tenth of its peak for good.")
+        text.append("\nNo collapse: neither the reward nor the clean reward fell below a tenth of its peak for good.")
     if skipped := sum(r.get("skipped_updates", 0) for r in rows):
         text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
     probes = [r for r in rows if "p/open|text" in r]
@@ -272,7 +277,7 @@ def summary(out):
 
 def timeline(rows, points=12):
     """The run over time: at most `points` lines, each the mean of its stretch of steps."""
-    names = {"reward": "reward", **{s: f"state/{s}" for s in STATES},
+    names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
              "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
     rolled = [r for r in rows if "reward" in r]
     size = max(1, -(-len(rolled) // points))
@@ -285,20 +290,20 @@ def timeline(rows, points=12):
     return "\n".join(lines)
 
 
-HEADER = """| run | reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | clean replies: first, lowest | collapse |
+HEADER = """| run | task reward: first, peak, last | clean reward: first, peak, last | P(`<tool_call>` where text should begin): first, highest | collapse: reward, clean reward |
 |---|---|---|---|---|"""
 
 
 def table_row(path, window=5):
-    """One run as a row of README's tables (a test makes them again from the raw rows); means over `window` steps."""
+    """One run as a row of a Markdown table; means over `window` steps."""
     rows = read_rows(path)
-    rolled, probes = [r for r in rows if "reward" in r], [r["p/open|text"] for r in rows if "p/open|text" in r]
-    if len(rolled) < window or not probes:
-        raise UserError(f"{path} has {len(rolled)} RL steps and {len(probes)} probes; a table row needs {window} and 1.")
-    (_, reward), (_, replies), found = smooth(rows, "reward", window), smooth(rows, "state/reply", window), collapse(rows, window)
-    reward, replies = reward[window - 1:], replies[window - 1:]
-    return (f"| {Path(path).stem} | {reward[0]:.2f}, {max(reward):.2f}, {reward[-1]:.2f} | {probes[0]:.3f}, {max(probes):.3f} | "
-            f"{replies[0]:.2f}, {min(replies):.2f} | {'step ' + str(found['step']) if found else 'no'} |")
+    probes = [r["p/open|text"] for r in rows if "p/open|text" in r]
+    curves = [smooth(rows, name, window)[1][window - 1:] for name in ("reward", "reward_clean")]
+    if not all(curves):
+        raise UserError(f"{path} has fewer than {window} RL steps; a table row needs them.")
+    steps = [found["step"] if (found := collapse(rows, window, name)) else "no" for name in ("reward", "reward_clean")]
+    return (f"| {Path(path).stem} | " + " | ".join(f"{c[0]:.2f}, {max(c):.2f}, {c[-1]:.2f}" for c in curves)
+            + f" | {f'{probes[0]:.3f}, {max(probes):.3f}' if probes else '–'} | {steps[0]}, {steps[1]} |")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from sft_step import micro_batches, reduce_max, reduce_sum, token_logprobs
+from sft_step import in_step, micro_batches, reduce_max, reduce_sum, token_logprobs
 
 KLS = ("k1", "k2", "k3")
 CORRECTIONS = ("none", "token", "sequence")
@@ -146,7 +146,7 @@ def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
     ratio p(token | hint) / p(token | no hint) that the update ignores.
     Rows of the sources `corrected` keep .logprobs, and the trainer's own become .old (see sampler_correction)."""
     gap, n = 0.0, 0
-    for batch in micro_batches(rows, micro_tokens):
+    for batch in in_step(micro_batches(rows, micro_tokens), model):
         logp, *_ = token_logprobs(model, batch)
         values = iter(logp.tolist())
         for r in batch:
@@ -172,7 +172,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
     watch, sums, gap_max = watch or {}, torch.zeros(8, dtype=torch.float64), 0.0
     push = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64)
-    for batch in micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)):
+    for batch in in_step(micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)), model, reference):
         batch_rows = [r for r, _ in batch]
         logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
         sampler = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)        # [N]

@@ -351,7 +351,7 @@ class VLLMEngine:
     step: each is an island without tensor or data parallelism. Keep it until the last collective: vLLM's destructor
     destroys the process group, the trainer's too."""
 
-    def __init__(self, model, stop_ids, max_tokens, kv_cache_gb=0.25, dtype="auto"):
+    def __init__(self, model, stop_ids, max_tokens, kv_cache_gb=0.25, dtype="float32"):
         LLM, self.SamplingParams = import_vllm()
         self.stop_ids, self.asleep, self.cached = sorted(stop_ids), False, 0
         self.sleeps = torch.cuda.is_available()  # on a CPU sleeping frees nothing
@@ -360,9 +360,9 @@ class VLLMEngine:
             raise UserError(f"--max_total_tokens {max_tokens} is more than the {longest} positions of the model, and vLLM "
                             "refuses to go beyond them; lower it.")
         config = copy.deepcopy(model.config)
-        dtype = model.dtype if dtype == "auto" else getattr(torch, dtype)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        need = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize * max_tokens / 2**30
+        need = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * max_tokens / 2**30
+        need *= getattr(torch, dtype).itemsize
         if kv_cache_gb < need:
             raise UserError(f"--kv_cache_gb {kv_cache_gb:g} does not hold one conversation of --max_total_tokens {max_tokens}, "
                             f"which needs {need:.2g}; raise it to several times that.")
@@ -371,8 +371,8 @@ class VLLMEngine:
         with tempfile.TemporaryDirectory() as folder:        # the architecture is all that vLLM reads; weights come by `load`
             config.save_pretrained(folder)
             self.llm = LLM(
-                model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", max_model_len=max_tokens,
-                dtype=str(dtype).removeprefix("torch."),
+                model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
+                max_model_len=max_tokens,
                 # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
                 logprobs_mode="processed_logprobs",
                 # The size of the cache is given, so the share of the GPU is only a check at start-up, which would count the

@@ -7,9 +7,15 @@ not depend on how the batch was cut up. (Averaging per micro-batch, as many trai
 more weight: the same data then train differently on another number of GPUs.)
 """
 import math
+from contextlib import contextmanager
+from types import MethodType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -53,6 +59,11 @@ def _logp_chunk(hidden, weight, target, watch):
     return logp, entropy, watched
 
 
+def trunk(model, ids):
+    """ids [B, T] -> hidden states [B, T, D] and the output layer's weights [V, D]: the model without its logits"""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+
+
 def token_logprobs(model, rows, chunk=2048, watch=()):
     """rows with .ids and .mask (Episodes) -> logp [N], entropy [N], row [N] = which row each trained token belongs to, and
     watched [N, K] = the probabilities of the K token ids `watch` at the same places (no gradient; see rl_step.pressure).
@@ -68,11 +79,10 @@ def token_logprobs(model, rows, chunk=2048, watch=()):
     ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows], device=device)            # [B, T]
     mask = torch.tensor([r.mask + [0] * (width - len(r.mask)) for r in rows], device=device).bool()  # [B, T]
     assert not mask[:, 0].any(), "the first token of a row has nothing before it to be predicted from"
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                   # [B, T, D]
+    hidden, weight = model.trunk(ids) if is_sharded(model) else trunk(model, ids)                    # [B, T, D], [V, D]
     hidden = hidden[:, :-1][mask[:, 1:]]                                                             # [N, D]
     target = ids[:, 1:][mask[:, 1:]]                                                                 # [N]
     row = torch.arange(len(rows), device=device)[:, None].expand(-1, width - 1)[mask[:, 1:]]         # [N]
-    weight = model.get_output_embeddings().weight                                                    # [V, D]
     watch = torch.tensor(list(watch), dtype=torch.long, device=device)
     parts = [checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False) if torch.is_grad_enabled()
              else _logp_chunk(h, weight, t, watch) for h, t in zip(hidden.split(chunk), target.split(chunk))]
@@ -85,7 +95,7 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool says."""
     n, = reduce_sum([sum(sum(r.mask) for r in rows)], model.device)
     total = 0.0
-    for batch in micro_batches(rows, micro_tokens):
+    for batch in in_step(micro_batches(rows, micro_tokens), model):
         logp, _, row, _ = token_logprobs(model, batch)               # [N]
         row_weight = torch.tensor([r.weight for r in batch], device=model.device)[row]               # [N]
         loss = -weight * (row_weight * logp).sum() / n
@@ -104,11 +114,75 @@ def optimizer_step(model, optimizer, max_norm, loss=0.0):
     for p in params:
         if p.grad is None:                                           # this rank had nothing to train on: it adds zero
             p.grad = torch.zeros_like(p)
-        if dist.is_initialized():
+        if isinstance(p.grad, DTensor):                              # FSDP reduced it already, but to the MEAN over ranks
+            p.grad.mul_(dist.get_world_size())
+        elif dist.is_initialized():
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = math.isfinite(norm.item()) and math.isfinite(loss)
+    if is_sharded(model):
+        model.reshard()                                              # no whole copy may outlive the weights that it was made of
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm.item(), "skipped_updates": int(not finite)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; a layer is whole only
+# while it computes. Per rank: 16 bytes per parameter / ranks (fp32 master, gradient, two moments) + one layer in bf16.
+
+
+def shard(model, device, compute_dtype):
+    """Cuts the model up in place, from the CPU to the device layer by layer, so that no GPU ever holds all of it. The masters keep
+    their dtype (float32); forward and backward run in compute_dtype."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)                  # what is left: embedding, last norm, output layer
+    model.trunk = MethodType(trunk, model)                           # our forward pass is not model.forward, so FSDP must be
+    register_fsdp_forward_method(model, "trunk")                     # told to gather parameters around it
+    with torch.no_grad():                                            # the first pass fixes that `model` is the root; without
+        model.trunk(torch.zeros(1, 1, dtype=torch.long, device=device))             # it every layer would take itself for one
+    model.reshard()
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def gathered(*models):
+    """Inside, the parameters are whole on every rank, in compute_dtype: for sampling and probing, where each rank makes as many
+    passes as its own conversations need. (A gather inside such a pass would wait forever for ranks that are done.)"""
+    parts = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    yield
+    for m in parts:
+        m.reshard()
+        m.set_reshard_after_forward(m not in models, recurse=False)  # the root stays whole until its backward: token_logprobs
+                                                                     # uses the output weights after the forward pass
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered tensor by tensor onto rank 0's CPU
+
+
+class Padding:
+    ids, mask = [0, 0], [0, 1]
+
+
+def in_step(batches, *models):
+    """Yields the batches. Under FSDP every pass gathers from all ranks, so all must make equally many: a rank that has fewer
+    batches goes on with passes over a dummy row whose gradient is 0."""
+    models = [m for m in models if m is not None and is_sharded(m)]
+    most = torch.tensor(len(batches), device=models[0].device if models else "cpu")
+    if models:
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    yield from batches
+    for model in models * (most.item() - len(batches)):
+        logp, *_ = token_logprobs(model, [Padding])
+        if logp.requires_grad:
+            (0.0 * logp.sum()).backward()

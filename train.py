@@ -22,10 +22,13 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+                                                       set_optimizer_state_dict)
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -35,7 +38,7 @@ import tools
 from analyze_tokens import PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table, token_classes, truth_logprobs
 from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
-from sft_step import optimizer_step, sft_backward
+from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
 from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
 from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
 
@@ -54,7 +57,7 @@ def parse_args(argv=None):
                    "vanilla GRPO, sft = demonstrations, ops = ground truth in the group, hbg = hints, ets = ground truth of "
                    "failed tasks, prs = ets + reflections")
     g.add_argument("--schedule", choices=SCHEDULES, default="rl", help="when which update runs (see `what`)")
-    g.add_argument("--steps", type=int, default=80, help="RL steps")
+    g.add_argument("--steps", type=int, default=100, help="RL steps")
     g.add_argument("--sft_steps", type=int, default=30, help="SFT steps of the schedules sft and sft_then_rl")
     g.add_argument("--seed", type=int, default=0, help="seed of the task order and of all sampling")
     g = p.add_argument_group("schedules interleaved and synchronous")
@@ -105,6 +108,12 @@ def parse_args(argv=None):
                    "cached); or a Hugging Face name or folder; or a run folder (its newest checkpoint)")
     g.add_argument("--chat_template", default=None, metavar="FILE", help="Jinja file that replaces the model's chat template")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
+    g.add_argument("--shard", action="store_true", help="FSDP2: cut parameters, gradients and optimizer state into one piece per "
+                   "process")
+    g.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default=None, help="with --shard: precision of forward "
+                   "and backward passes, while the masters keep --dtype; default: --dtype")
+    g.add_argument("--grad_checkpointing", action="store_true", help="keep only each layer's input for the backward pass and compute "
+                   "the rest again: less memory, about a third more time")
     g.add_argument("--device", default="auto", help="auto = cuda if there is one, else cpu")
     g = p.add_argument_group("world")
     g.add_argument("--syntax", choices=("A", "B"), default="A", help="call syntax of training: A = <tool_call> JSON, "
@@ -124,8 +133,8 @@ def parse_args(argv=None):
     g.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="hf = sample from the trained model itself, vllm = "
                    "from a copy in vLLM, which gets the new weights before every rollout and evaluation")
     g.add_argument("--kv_cache_gb", type=float, default=0.25, help="vllm: GiB for keys and values, per process")
-    g.add_argument("--engine_dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="vllm: precision "
-                   "of its copy; auto = --dtype")
+    g.add_argument("--engine_dtype", choices=("float32", "bfloat16", "float16"), default=None, help="vllm: precision of its "
+                   "copy; default: --compute_dtype")
     g.add_argument("--gap_alarm", type=float, default=0.05, help="warn when the metric `gap`, mean |log p trainer - log p "
                    "sampler| before the first update, is above this")
     g.add_argument("--correction", choices=CORRECTIONS, default="none", help="weigh the policy loss by min(cap, p trainer / p "
@@ -144,7 +153,7 @@ def parse_args(argv=None):
     g.add_argument("--kl", choices=KLS, default="k3", help="estimator of the KL to the reference model")
     g.add_argument("--kl_weight", type=float, default=0.0, help="0 = no reference model at all (the paper: 1e-4)")
     g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, default=1e-3, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
+    g.add_argument("--lr", type=float, default=5e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
     g.add_argument("--sft_lr", type=float, default=5e-4, help="learning rate of SFT updates (the paper: 1e-5 or 1e-6)")
     g.add_argument("--sft_batch", type=int, default=32, help="demonstrations per SFT step, over all processes")
     g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")
@@ -219,6 +228,10 @@ def parse_args(argv=None):
         p.error("--reanchor_kl needs a --kl_weight above 0")
     if a.resume and a.eval_only:
         p.error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
+    a.compute_dtype = a.compute_dtype or a.dtype
+    a.engine_dtype = a.engine_dtype or a.compute_dtype
+    if a.compute_dtype != a.dtype and not a.shard:
+        p.error(f"--compute_dtype {a.compute_dtype} beside --dtype {a.dtype} needs --shard, which keeps both copies")
     a.advantage = a.advantage or ("mean" if a.loss == "dr_grpo" else "std")
     a.clip_low = a.clip_low if a.clip_low is not None else {"gspo": 3e-4}.get(a.loss, 0.2)
     a.clip_high = a.clip_high if a.clip_high is not None else {"gspo": 4e-4, "dapo": 0.28}.get(a.loss, 0.2)
@@ -286,8 +299,9 @@ def start_processes(a):
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if "RANK" in os.environ or a.shard:                              # FSDP needs a process group even for one process
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
         return dist.get_rank(), dist.get_world_size(), device
     return 0, 1, device
 
@@ -343,7 +357,7 @@ def build_tiny(a, path):
 def load_model(name, a, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, a.dtype)).to(device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, a.dtype)).to("cpu" if a.shard else device)
     except Exception as error:                                       # every library below has its own exception types here
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the model {name}: {reason}; check --model (a folder with config.json, weights and "
@@ -352,6 +366,10 @@ def load_model(name, a, device):
         if not Path(a.chat_template).is_file():
             raise UserError(f"--chat_template {a.chat_template} is not a file.")
         tokenizer.chat_template = Path(a.chat_template).read_text()
+    if a.grad_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if a.shard:
+        shard(model, device, getattr(torch, a.compute_dtype))
     return model, Chat(tokenizer)
 
 
@@ -359,6 +377,16 @@ def make_engine(a, model, chat):
     if a.engine == "hf":
         return HFEngine(model, chat.stop_ids)
     return VLLMEngine(model, chat.stop_ids, a.max_total_tokens, a.kv_cache_gb, a.engine_dtype)
+
+
+@contextmanager
+def sampling(engine, model):
+    """Inside, the engine samples from the weights of this moment, never from older ones: vLLM from its own copy of them (and
+    outside it sleeps), HFEngine from the model itself, which must then be whole on every rank."""
+    engine.load(model)
+    with gathered(*[model] * isinstance(engine, HFEngine)):
+        yield
+    engine.sleep()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,13 +437,27 @@ def newest_checkpoint(out):
     return path
 
 
-def save_checkpoint(out, step, model, tokenizer, state, keep):
+def whole_state(model, optimizer):
+    """-> weights (None: save_pretrained finds them itself) and optimizer state, as rank 0 can write them. All ranks call it."""
+    if not is_sharded(model):
+        return None, optimizer.state_dict()
+    weights = get_model_state_dict(model, options=WHOLE)
+    if model.config.tie_word_embeddings:         # one tensor under two names; save_pretrained would store it twice
+        weights = {k: v for k, v in weights.items() if k not in model._tied_weights_keys}
+    return weights, get_optimizer_state_dict(model, optimizer, options=WHOLE)
+
+
+def save_checkpoint(out, step, model, tokenizer, weights, state, keep):
     folder = Path(out) / "checkpoints"
 
     def write(tmp):
-        model.save_pretrained(tmp)
+        model.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         torch.save(state, tmp / "state.pt")
+        if weights is not None:                  # fully_shard renames the class, and vLLM goes by the name
+            config = json.loads((tmp / "config.json").read_text())
+            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
+            (tmp / "config.json").write_text(json.dumps(config, indent=2))
     publish(folder / f"step-{step}", write)
     write_atomically(folder / "latest", f"step-{step}")
     steps = sorted((int(p.name[5:]) for p in folder.glob("step-*")), reverse=True)
@@ -470,15 +512,16 @@ def evaluation_sets(a):
 
 
 def evaluate(engine, chat, sets, a, rank, world):
-    """-> {"base": .12, ..., "average": .10, "average_clean": .08 (solved, and every message clean), "content_ood": .02,
-    "format_ood": .2, "state/call": .5, ...}"""
+    """-> {"base": .12, ..., "content_ood": .02, "format_ood": .2, "average": .10 (of the four categories), "average_clean": .08
+    (solved, and every message clean), "format_ood_clean": .15, ..., "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     envs = [env for _, env in work]
     episodes = rollout(engine, chat, envs, limits_of(a), [begin(chat, env) for env in envs], temperature=0.0)
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
-    result["average_clean"] = mean(r * is_clean(states) for name, r, states in done if name in CATEGORIES)
+    clean = {name: mean(r * is_clean(states) for n, r, states in done if n == name) for name in sets}
+    result |= {"average_clean": mean(clean[c] for c in CATEGORIES)} | {f"{n}_clean": clean[n] for n in ("content_ood", "format_ood")}
     states = Counter(s for name, _, states in done if name in CATEGORIES for s in states)
     return result | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 
@@ -510,7 +553,8 @@ def main(argv=None):
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
     sets = evaluation_sets(a)
     if a.eval_only:
-        scores = evaluate(make_engine(a, model, chat), chat, sets, a, rank, world)
+        with sampling(engine := make_engine(a, model, chat), model):
+            scores = evaluate(engine, chat, sets, a, rank, world)
         say(table({"score": scores}))
         if a.out and rank == 0:
             Path(a.out).mkdir(parents=True, exist_ok=True)
@@ -529,7 +573,8 @@ def main(argv=None):
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
     shown = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
     probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in shown] if rank == 0 and a.probe_every > 0 else []
-    at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
+    with gathered(model):
+        at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
     alarm = Alarm(a.alarm_factor, a.alarm_checks)
     if checkpoint:
         model, chat = load_model(checkpoint, a, device)
@@ -544,12 +589,15 @@ def main(argv=None):
     if checkpoint:
         state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
         n = state["counters"]
-        optimizer.load_state_dict(state["optimizer"])
+        if a.shard:
+            set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
+        else:
+            optimizer.load_state_dict(state["optimizer"])
         signal.load(state["signal"])
         vars(alarm).update(n["alarm"])
         torch.set_rng_state(state["rng"])
         if state["reference"]:
-            reference.load_state_dict(state["reference"])
+            set_model_state_dict(reference, state["reference"], options=WHOLE)
     out, start, last = Path(a.out), n["step"], total_steps(a)
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -565,7 +613,8 @@ def main(argv=None):
         probed = a.probe_every > 0 and (step == last or step % a.probe_every == 0)
         n["alarm"] = copy.deepcopy(vars(alarm))  # as a checkpoint of this step must hold it: before this probe
         if probed:
-            row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes, start=at_start))
+            with gathered(model):
+                row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes, start=at_start))
             rang = alarm.on
             if alarm.update(row[a.alarm]) and not rang:
                 say(f"step {step:4d}  ALARM: {a.alarm} is {row[a.alarm]:.3g}, at first {mean(alarm.first):.3g}")
@@ -575,15 +624,17 @@ def main(argv=None):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
         if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
-            engine.load(model)                   # right before it samples, so it can never sample from old weights
-            scores = evaluate(engine, chat, sets, a, rank, world)
-            engine.sleep()
+            with sampling(engine, model):
+                scores = evaluate(engine, chat, sets, a, rank, world)
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
-        if step > start and rank == 0 and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
-            save_checkpoint(out, step, model, chat.tokenizer, {
-                "counters": n | {"step": step}, "optimizer": optimizer.state_dict(), "signal": signal.state(),
-                "rng": torch.get_rng_state(), "reference": reference.state_dict() if a.reanchor_kl else None}, a.keep)
+        if step > start and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
+            weights, moments = whole_state(model, optimizer)
+            anchor = get_model_state_dict(reference, options=WHOLE) if a.reanchor_kl else None
+            if rank == 0:
+                save_checkpoint(out, step, model, chat.tokenizer, weights, {
+                    "counters": n | {"step": step}, "optimizer": moments, "signal": signal.state(), "rng": torch.get_rng_state(),
+                    "reference": anchor}, a.keep)
         if step == last:
             break
 
@@ -624,9 +675,8 @@ def main(argv=None):
             # ---- roll out: G conversations per prompt, all of them together ---------------------------------------------
             batch = endless(tasks, n["prompts"], a.prompts, f"{a.seed} prompts")
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
-            engine.load(model)
-            episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
-            engine.sleep()
+            with sampling(engine, model):
+                episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
             row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source) for e in episodes]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
             if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order

@@ -6,26 +6,31 @@
     python results/study.py --tables             the tables of README, from the packed rows alone
 
 Each run is one `train.py` command line: COMMON plus a line of RECIPES plus --seed. Runs live under runs/study/ and continue
-where they were interrupted; a finished run's rows are packed into results/study/RECIPE-seedN.csv, all rows, rounded to four
-digits, without the columns that no table or picture uses.
+where they were interrupted. A finished run is evaluated once more, under the same rule whatever it was trained with (columns
+final/*); then its rows are packed into results/study/RECIPE-seedN.csv, all rows, rounded to four digits, without the columns
+that no table or picture uses.
 """
 import argparse
 import csv
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-from analyze_tokens import Alarm, collapse, mean, read_rows  # noqa: E402
+from analyze_tokens import Alarm, collapse, mean, pyplot, read_rows, smooth  # noqa: E402
+from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
-COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"
+COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for evaluations and --keep
+FAST = "--lr 1e-3 --steps 60"
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
     "none": ("", 5),
@@ -36,51 +41,57 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "hbg": ("--signal hbg", 5),
     "ets": ("--signal ets --schedule interleaved", 5),
     "prs": ("--signal prs --schedule interleaved", 5),
-    "adaptive": ("--signal ets --schedule adaptive", 5),
-    "random_time": ("--signal ets --schedule adaptive --trigger random", 5),
+    "adaptive": ("--signal ets --schedule adaptive --sft_budget 256", 5),         # about as many rows as ets trains
+    "random_time": ("--signal ets --schedule adaptive --sft_budget 256 --trigger random", 5),
     "ets_sync": ("--signal ets --schedule synchronous --sft_batch 16", 3),
-    # which cause? one thing changed in `none`
-    "random_reward": ("--reward random", 3),
-    "format_reward": ("--reward format", 3),
-    "positive_only": ("--only positive", 3),
-    "negative_only": ("--only negative", 3),
-    "kl": ("--kl_weight 0.01", 3),
-    "mask_control": ("--mask_control", 3),
-    "retokenize": ("--retokenize", 3),
+    # which cause? at twice the learning rate, where every seed collapses within 60 steps; one thing changed in `fast`
+    "fast": (FAST, 5),
+    "fast_strict": (FAST + " --closing strict", 5),
+    "fast_random_reward": (FAST + " --reward random", 3),
+    "fast_format_reward": (FAST + " --reward format", 3),
+    "fast_positive_only": (FAST + " --only positive", 3),
+    "fast_negative_only": (FAST + " --only negative", 3),
+    "fast_mask_control": (FAST + " --mask_control", 3),
+    "fast_one_update": (FAST + " --updates 1", 3),
+    "fast_kl": (FAST + " --kl_weight 0.01", 3),
+    "fast_ets": (FAST + " --signal ets --schedule interleaved", 3),
+    "fast_adaptive": (FAST + " --signal ets --schedule adaptive --sft_budget 256", 3),
+    "fast_ets_sync": (FAST + " --signal ets --schedule synchronous --sft_batch 16", 3),
+    # the paper's side questions, at the main rate
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
-    # learning rates
-    "none_lr2e-4": ("--lr 2e-4", 3),
-    "strict_lr2e-4": ("--lr 2e-4 --closing strict", 3),
-    "none_lr1e-3": ("--lr 1e-3", 5),
-    "strict_lr1e-3": ("--lr 1e-3 --closing strict", 5),
+    "retokenize": ("--retokenize", 3),
     "ets_sft_lr5e-5": ("--signal ets --schedule interleaved --sft_lr 5e-5", 3),
     "ets_sft_lr2e-3": ("--signal ets --schedule interleaved --sft_lr 2e-3", 3),
+    "slow": ("--lr 2e-4", 3),
+    "slow_strict": ("--lr 2e-4 --closing strict", 3),
 }
 KEEP = ("step", "phase", "reward", "reward_clean", "mixed_groups", "state/", "entropy", "kl_sampler", "kl_ref", "grad_norm", "push/",
-        "p/", "alarm", "eval/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
+        "p/", "alarm", "eval/", "final/", "sft_visits", "sft_updates", "skipped_updates", "hint_log_ratio", "messages", "no_call", "sft_loss")
 
 
-def command(name, seed, out):
-    flags, _ = RECIPES[name]
-    return [sys.executable, str(ROOT / "train.py"), *COMMON.split(), *flags.split(), "--seed", str(seed), "--threads", "1",
-            "--out", str(out)]
+FINAL = "--eval_only --closing lenient"
+
+
+def flags_of(name, seed, out):
+    return [*COMMON.split(), *RECIPES[name][0].split(), "--seed", str(seed), "--threads", "1", "--out", str(out)]
 
 
 def finished(out):
-    """The closing evaluation is the last thing that a run writes."""
-    try:
-        rows = read_rows(out)
-    except Exception:                            # noqa: BLE001 -- no rows yet
+    """Has the run written its last checkpoint, that of its closing evaluation?"""
+    latest = Path(out) / "checkpoints" / "latest"
+    if not latest.exists():
         return False
-    evals = [r["step"] for r in rows if "eval/average" in r]
-    return len(evals) >= 2 and evals[-1] > max((r["step"] for r in rows if "phase" in r), default=0)
+    evaluated = [r["step"] for r in read_rows(out) if "eval/average" in r]
+    return len(evaluated) >= 2 and latest.read_text().strip() == f"step-{evaluated[-1]}" and not any(
+        "phase" in r for r in read_rows(out) if r["step"] >= evaluated[-1])
 
 
-def pack(out, path):
+def pack(out, path, final=None):
     """runs/study/none-seed0 -> results/study/none-seed0.csv: one line per step, probe, evaluation and training merged"""
     steps = {}
     for row in read_rows(out):
         steps.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k.startswith(KEEP)})
+    steps[max(steps)] |= {f"final/{k}": v for k, v in (final or {}).items()}
     columns = list(dict.fromkeys(k for row in steps.values() for k in row))
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n")
@@ -94,24 +105,31 @@ def work(names, seeds):
     return sorted(jobs, key=lambda job: job[1] >= 3)
 
 
+def call(log, *argv):
+    with open(log, "a") as f:
+        return subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], stdout=f, stderr=f,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
 def run_one(name, seed):
+    """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
     out, packed = Path("runs/study") / f"{name}-seed{seed}", HERE / "study" / f"{name}-seed{seed}.csv"
-    if not packed.exists():
-        if not finished(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{out}.log", "a") as log:
-                done = subprocess.run(command(name, seed, out) + (["--resume"] if out.exists() else []), stdout=log, stderr=log,
-                                      env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                return f"{name}-seed{seed} failed with status {done.returncode}; see {out}.log"
-        pack(out, packed)
+    if packed.exists():
+        return None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    status = 0 if finished(out) else call(f"{out}.log", *flags_of(name, seed, out), *(["--resume"] if out.exists() else []))
+    if status == 0 and not (out / "eval.json").exists():
+        status = call(f"{out}.log", *FINAL.split(), "--threads", "1", "--model", str(out), "--out", str(out))
+    if status:
+        return f"{name}-seed{seed} failed with status {status}; see {out}.log"
+    pack(out, packed, json.loads((out / "eval.json").read_text()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
-MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "ets", "prs", "adaptive", "random_time", "ets_sync")
-CAUSES = ("none", "strict", "random_reward", "format_reward", "positive_only", "negative_only", "kl", "mask_control", "retokenize",
-          "hbg", "hbg_hint_kept")
+MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
+        "adaptive", "random_time", "ets_sync", "retokenize")
+CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/short_circuit", "p/moved", "state/polluted", "entropy",
              "kl_sampler", "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
@@ -140,8 +158,13 @@ def percent(values):
     return spread([100 * v for v in values], 0)
 
 
-def evaluation(rows, name, which=-1):
-    return [r[f"eval/{name}"] for r in rows if f"eval/{name}" in r][which]
+def final(rows, name):
+    return rows[-1][f"final/{name}"]
+
+
+def base_score(name):
+    """The same evaluation of the model that every run starts from"""
+    return json.loads((HERE / "study" / "base.json").read_text())[name]
 
 
 def falls(done, name):
@@ -151,29 +174,27 @@ def falls(done, name):
 
 
 def recipe_table(names):
-    """One line per recipe: mean over seeds (lowest to highest seed)"""
-    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | P(open, text) | calls exact, % | test tasks, % | "
-             "... clean, % | other syntax, % | reward collapsed | clean reward collapsed | SFT rows |", "|---" * 13 + "|"]
+    """One line per recipe: mean over seeds (lowest to highest seed); rewards and messages of the last 10 RL steps, sampled; test
+    tasks at the end, greedy"""
+    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, clean, % | other syntax, % | "
+             "clean reward collapsed (step) | SFT rows |", "|---" * 9 + "|"]
     for name in names:
         if not (done := runs(name)):
             continue
         rl = [rows for rows in done if any("reward" in r for r in rows)]
-        probes = lambda metric: [[r[metric] for r in rows if metric in r][-1] for rows in done]
         lines.append(" | ".join([
-            f"| {name}", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
-            percent([late(r, *MALFORMED) for r in rl]), spread(probes("p/open|text"), 3), percent(probes("p/calls_exact")),
-            *(percent([evaluation(r, n) for r in done]) for n in ("average", "average_clean", "format_ood")),
-            falls(rl, "reward") if rl else "–", falls(rl, "reward_clean") if rl else "–",
-            f"{mean(sum(r.get('sft_visits', 0) for r in rows) for rows in done):.0f} |"]))
+            f"| `{name}`", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
+            percent([late(r, *MALFORMED) for r in rl]), *(percent([final(r, n) for r in done]) for n in ("average_clean", "format_ood_clean")),
+            falls(rl, "reward_clean") if rl else "–", f"{mean(sum(r.get('sft_visits', 0) for r in rows) for rows in done):.0f} |"]))
     return "\n".join(lines)
 
 
 def phase_table():
     """collapse yes/no over learning rate x closing rule x seed"""
     lines = ["| learning rate | closing | reward collapsed | clean reward collapsed | malformed messages at the end, % |", "|---" * 5 + "|"]
-    for lr in ("2e-4", "5e-4", "1e-3"):
-        for closing, recipe in (("lenient", "none"), ("strict", "strict")):
-            if done := runs(recipe if lr == "5e-4" else f"{recipe}_lr{lr}"):
+    for lr, lenient, strict in (("2e-4", "slow", "slow_strict"), ("5e-4", "none", "strict"), ("1e-3", "fast", "fast_strict")):
+        for closing, recipe in (("lenient", lenient), ("strict", strict)):
+            if done := runs(recipe):
                 lines.append(f"| {lr} | {closing} | {falls(done, 'reward')} | {falls(done, 'reward_clean')} | "
                              f"{percent([late(r, *MALFORMED) for r in done])} |")
     return "\n".join(lines)
@@ -193,24 +214,201 @@ def rings(rows, name, factor):
     return next((step for step, value in series(rows, name) if alarm.update(value)), None)
 
 
-def alarm_table(names=("none", "strict", "none_lr1e-3", "random_reward", "positive_only", "negative_only", "format_reward",
-                       "sft_then_rl", "ets", "prs", "ops", "hbg")):
-    """Every run without an adaptive schedule: did the clean reward halve for good (the event)? Did the alarm ring before?"""
+ALARM_RUNS = tuple(name for name in RECIPES if "adaptive" not in name and name not in ("sft", "random_time"))
+
+
+def alarm_table(names=ALARM_RUNS):
+    """Every run without an adaptive schedule: did the clean reward halve for good (the fall)? Did the alarm ring before?
+    A cell: falls announced, median lead in steps, runs without a fall in which it rang all the same"""
     done = [rows for name in names for rows in runs(name)]
     events = [found["step"] if (found := collapse(rows, name="reward_clean", share=0.5)) else None for rows in done]
-    lines = [f"| metric | factor | rang before the fall, of {sum(e is not None for e in events)} | median lead, steps | "
-             f"rang without a fall, of {events.count(None)} |", "|---" * 5 + "|"]
+    falls_, quiet = sum(e is not None for e in events), events.count(None)
+    lines = [f"| metric | " + " | ".join(f"{factor} x the start" for factor in (2, 3, 5, 10)) + " |", "|---" * 5 + "|"]
     for name in DETECTORS:
+        cells = []
         for factor in (2, 3, 5, 10):
             rang = [rings(rows, name, factor) for rows in done]
             leads = sorted(e - r for e, r in zip(events, rang) if e is not None and r is not None and r <= e)
             false = sum(e is None and r is not None for e, r in zip(events, rang))
-            lead = leads[len(leads) // 2] if leads else "–"
-            lines.append(f"| {name.replace('|', ', ')} | {factor} | {len(leads)} | {lead} | {false} |")
+            cells.append(f"{len(leads)}/{falls_}, {leads[len(leads) // 2] if leads else '–'}, {false}/{quiet}")
+        lines.append(f"| {name.replace('|', ', ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-TABLES = {"main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
+def change(rows, name):
+    return final(rows, name) - base_score(name)
+
+
+def interval(draw, n=2000):
+    """draw(rng) -> a number; -> its middle 95 % over n bootstrap draws"""
+    rng = np.random.default_rng(0)
+    return np.percentile([draw(rng) for _ in range(n)], [2.5, 97.5])
+
+
+def crossing_table(names=MAIN):
+    """Does a recipe trade the unseen syntax for the trained one? Change of greedy scores from start to end, in points; the last
+    column is (trained - unseen) of the recipe minus the same of `none`, with a bootstrap over seeds."""
+    lines = ["| recipe | trained syntax, clean | unseen syntax | difference to `none` in (trained - unseen), 95 % |", "|---" * 4 + "|"]
+    gaps = lambda done: [100 * (change(r, "average_clean") - change(r, "format_ood_clean")) for r in done]
+    plain = gaps(runs("none"))
+    for name in names:
+        if not (done := runs(name)):
+            continue
+        low, high = interval(lambda rng: rng.choice(gaps(done), len(done)).mean() - rng.choice(plain, len(plain)).mean())
+        lines.append(f"| {name} | {percent([change(r, 'average_clean') for r in done])} | {percent([change(r, 'format_ood_clean') for r in done])} | "
+                     + ("–" if name == "none" else f"{mean(gaps(done)) - mean(plain):+.0f} ({low:+.0f} to {high:+.0f})") + " |")
+    return "\n".join(lines)
+
+
+def drop_steps(rows, name):
+    """Steps from the last 5-step mean above 80 % of the peak to the first one that is below 10 % for good; None: no collapse"""
+    if not (found := collapse(rows, name=name)):
+        return None
+    steps, values = smooth(rows, name)
+    return found["step"] - max(s for s, v in zip(steps, values) if v >= 0.8 * found["peak"] and s < found["step"])
+
+
+def peak_step(rows, name):
+    steps, values = smooth(rows, name)
+    return steps[values.index(max(values))], max(values)
+
+
+def story_table(names=("none", "fast", "fast_strict")):
+    """One line per run: how fast, in which order, and how far the short circuit came"""
+    lines = ["| run | clean reward: 80 % of its peak to 10 %, steps | polluted: highest, step | collapsed: highest, step | "
+             "short circuit: highest | P(open, text): first, highest |", "|---" * 6 + "|"]
+    for name in names:
+        for seed, rows in enumerate(runs(name)):
+            (a, polluted), (b, collapsed) = peak_step(rows, "state/polluted"), peak_step(rows, "state/collapsed")
+            opens, short = ([r[m] for r in rows if m in r] for m in ("p/open|text", "p/short_circuit"))
+            drop = drop_steps(rows, "reward_clean")
+            lines.append(f"| {name}-seed{seed} | {'–' if drop is None else drop} | {polluted:.2f}, {a} | {collapsed:.2f}, {b} | "
+                         f"{max(short):.4f} | {opens[0]:.3f}, {max(opens):.3f} |")
+    return "\n".join(lines)
+
+
+def pressure_table(names=("none", "strict", "ets", "fast", "fast_random_reward"), first=0):
+    """Who pushes the open tag's logit? Sums over the RL steps from `first` on, per 1,000 trained tokens, mean over seeds"""
+    lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
+             "|---" * 7 + "|"]
+    for name in names:
+        for token in ("open", "end"):
+            done = [[r for r in rows if f"push/{token}|clean" in r and r["step"] >= first] for rows in runs(name)]
+            if done:
+                parts = [mean(1000 * sum(r[f"push/{token}|{part}"] for r in rows) for rows in done) for part in PRESSURES]
+                lines.append(f"| {name} | {token} | " + " | ".join(f"{x:+.1f}" for x in (*parts, sum(parts))) + " |")
+    return "\n".join(lines)
+
+
+def autopsy_table():
+    """results/study/autopsy.json: {checkpoint: {line of the report: number}} -> one column per checkpoint, base first"""
+    path = HERE / "study" / "autopsy.json"
+    if not path.exists():
+        return "(no autopsy yet)"
+    reports = {Path(k).name: v for k, v in json.loads(path.read_text()).items()}
+    first = next(iter(reports.values()))
+    lines = ["| | base | " + " | ".join(reports) + " |", "|---" * (2 + len(reports)) + "|"]
+    for name in first:
+        if name.startswith("base: "):
+            continue
+        plain = name.removeprefix("model: ")
+        values = [first.get(f"base: {plain}"), *(report.get(name) for report in reports.values())]
+        if not name.startswith("misplaced"):
+            lines.append(f"| {plain} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
+    for name, report in reports.items():
+        risen = ", ".join(f"`{k.split(chr(39))[1]}` {v:.3f}" for k, v in report.items() if k.startswith("misplaced") and v)
+        lines.append(f"\n{name}: what rose most where it does not belong (mean probability): {risen}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def pictures():
+    plt, out = pyplot(), HERE / "study"
+    aligned(plt, out / "aligned.png")
+    bars(plt, out / "crossing.png")
+    detectors(plt, out / "alarm.png")
+
+
+def aligned(plt, png, names=("none", "fast")):
+    """Every run whose clean reward halved for good, on one axis: steps from that fall"""
+    done = [(rows, found["step"]) for name in names for rows in runs(name)
+            if (found := collapse(rows, name="reward_clean", share=0.5))]
+    panels = {"reward_clean": "clean reward", "state/polluted": "polluted messages", "p/open|text": "P(<tool_call> where text\nshould begin)",
+              "p/calls_exact": "ground-truth calls that are\nthe model's first choice"}
+    fig, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), sharex=True)
+    for ax, (name, title) in zip(axes, panels.items()):
+        curves = []
+        for rows, fall in done:
+            steps, values = smooth(rows, name, 1 if name.startswith("p/") else 5)
+            ax.plot([x - fall for x in steps], values, color="#999999", lw=0.7)
+            curves.append({round((x - fall) / 5): v for x, v in zip(steps, values)})
+        common = [t for t in range(-12, 9) if sum(t in c for c in curves) >= max(2, len(curves) // 2)]
+        ax.plot([5 * t for t in common], [mean(c[t] for c in curves if t in c) for t in common], "k-", lw=2)
+        ax.axvline(0, color="black", ls=":")
+        ax.set_xlim(-60, 40)
+        ax.set_title(title)
+        ax.set_xlabel("steps from the fall")
+    axes[2].set_yscale("log")
+    fig.suptitle(f"{len(done)} runs aligned where the clean reward falls below half of its peak for good (grey: runs, black: mean)", fontsize=8)
+    fig.tight_layout()
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+def bars(plt, png, names=MAIN):
+    """Trained and unseen syntax at the end, one pair of bars per recipe; whiskers: lowest and highest seed"""
+    names = [n for n in names if runs(n)]
+    fig, ax = plt.subplots(figsize=(9, 3))
+    for k, (metric, label, colour, hatch) in enumerate((("average_clean", "trained syntax", "#1b5e9b", ""),
+                                                        ("format_ood_clean", "unseen syntax", "#e8c48a", "///"))):
+        values = [[100 * final(r, metric) for r in runs(n)] for n in names]
+        middle = [mean(v) for v in values]
+        ax.bar([i + 0.38 * k - 0.19 for i in range(len(names))], middle, 0.38, label=label, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
+               yerr=[[m - min(v) for m, v in zip(middle, values)], [max(v) - m for m, v in zip(middle, values)]], capsize=2,
+               error_kw={"lw": 0.8})
+        start = 100 * base_score(metric)
+        ax.axhline(start, color="black", ls=("-", "--")[k], lw=0.8, label=f"... before training: {start:.0f} %")
+    ax.set_xticks(range(len(names)), [f"{n}\n{len(runs(n))} seeds" for n in names])
+    ax.set_ylabel("test tasks solved with\nclean messages, %, greedy")
+    ax.legend(ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1))
+    fig.tight_layout()
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
+    """How many falls each metric announces (and how early), against how often it cries wolf, as its threshold moves"""
+    done = [rows for name in ALARM_RUNS for rows in runs(name)]
+    events = [found["step"] if (found := collapse(rows, name="reward_clean", share=0.5)) else None for rows in done]
+    n, quiet = sum(e is not None for e in events), events.count(None)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    for name, style in zip(("p/open|text", "p/open|off", "p/moved", "state/polluted", "entropy", "kl_sampler", "grad_norm"),
+                           ("k-o", "k--s", "k:^", "-v", "--D", ":x", "-.+")):
+        heard, false, lead = [], [], []
+        for factor in factors:
+            rang = [rings(rows, name, factor) for rows in done]
+            leads = [e - r for e, r in zip(events, rang) if e is not None and r is not None and r <= e]
+            heard.append(len(leads) / max(n, 1))
+            false.append(sum(e is None and r is not None for e, r in zip(events, rang)) / max(quiet, 1))
+            lead.append(sorted(leads)[len(leads) // 2] if leads else float("nan"))
+        left.plot(false, heard, style, ms=3, lw=1, label=name)
+        right.plot(factors, lead, style, ms=3, lw=1)
+    left.set_xlabel(f"alarm without a fall (share of {quiet} runs)")
+    left.set_ylabel(f"alarm before the fall (share of {n})")
+    left.legend()
+    right.set_xscale("log")
+    right.set_xlabel("threshold, times the first three probes")
+    right.set_ylabel("median lead, steps")
+    fig.tight_layout()
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "autopsy": autopsy_table,
+          "main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
 
 
 def tables():
@@ -223,19 +421,25 @@ def main():
     p.add_argument("--seeds", nargs="+", type=int, help="default: all of the recipe's")
     p.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--list", action="store_true", help="show the command lines and what is done")
+    p.add_argument("--pictures", action="store_true", help="draw results/study/*.png from the packed rows")
     p.add_argument("--tables", action="store_true", help="print README's tables from results/study/*.csv")
     a = p.parse_args()
     jobs = work(a.only, a.seeds)
     if a.tables:
         print(tables())
+    elif a.pictures:
+        pictures()
     elif a.list:
         for name, seed in jobs:
             done = (HERE / "study" / f"{name}-seed{seed}.csv").exists()
-            print("done   " if done else "missing", " ".join(command(name, seed, f"runs/study/{name}-seed{seed}")[1:]))
+            print("done   " if done else "missing", "python train.py", *flags_of(name, seed, f"runs/study/{name}-seed{seed}"))
     else:
         (HERE / "study").mkdir(exist_ok=True)
+        Path("runs/study").mkdir(parents=True, exist_ok=True)
         # the embedded base model first: two runs at once must not both make it
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--eval_only", "--eval_tasks", "3"], check=True)
+        if call("runs/study/base.log", *FINAL.split(), "--out", "runs/study/base"):
+            sys.exit("the base model cannot be made; see runs/study/base.log")
+        (HERE / "study" / "base.json").write_text(Path("runs/study/base/eval.json").read_text())
         failures = []
         with ThreadPoolExecutor(a.parallel) as pool:
             for failure in tqdm(pool.map(lambda job: run_one(*job), jobs), total=len(jobs), desc="study"):

@@ -227,10 +227,12 @@ def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
     """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
     monkeypatch.setattr(study, "HERE", tmp_path)
     monkeypatch.setattr(study, "COMMON", " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1"]))
+    monkeypatch.setattr(study, "FINAL", " ".join([*RUN, study.FINAL]))
     (tmp_path / "study").mkdir()
     assert study.run_one("strict", 0) is None
     rows = read_rows(tmp_path / "study/strict-seed0.csv")
-    assert len(rows) == 3 and json.loads((folder / "runs/study/strict-seed0/config.json").read_text())["closing"] == "strict"
+    assert len(rows) == 3 and 0 <= rows[-1]["final/format_ood_clean"] <= 1
+    assert json.loads((folder / "runs/study/strict-seed0/config.json").read_text())["closing"] == "strict"
     before = (folder / "runs/study/strict-seed0.log").read_bytes()
     assert study.run_one("strict", 0) is None and (folder / "runs/study/strict-seed0.log").read_bytes() == before
     (tmp_path / "study/strict-seed0.csv").unlink()                   # as if killed after its first step

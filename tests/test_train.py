@@ -181,6 +181,7 @@ def test_eval_only(folder, capsys):
     (["--loss", "ppo"], "invalid choice: 'ppo'"),
     (["--correction_cap", "0.5"], "--correction_cap 0.5"),
     (["--correction", "token", "--retokenize"], "--retokenize has none"),
+    (["--compute_dtype", "bfloat16"], "--compute_dtype bfloat16 beside --dtype float32 needs --shard"),
     (["--alarm", "p/nothing"], "--alarm p/nothing is not a metric of the probe"),
     (["--signal", "ets", "--schedule", "adaptive", "--probe_every", "-1"], "the alarm listens to the probe"),
     (["--signal", "sft"], "--signal sft does not go with --schedule rl"),
@@ -343,3 +344,31 @@ def test_torchrun_equals_one_process(folder, name, flags):
 def test_torchrun_mistake(folder):
     done = command(*RUN, "--steps", "1", "--out", "runs/first", n=2, cwd=folder)
     assert done.returncode != 0 and done.stderr.count("train.py: error: the run folder runs/first exists") == 1
+
+
+def test_sharded_over_two_processes_is_one_process(folder):
+    """FSDP2 over two processes, unequal work (5 rows, micro-batches of one or two): metrics and weights of one plain process;
+    and its checkpoint continues on ONE process to the same numbers."""
+    args = [*RUN, "--tiny_layers", "2", "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "5", "--kl_weight", "0.01",
+            "--micro_tokens", "600", "--steps", "3", "--save_every", "2", "--probe_every", "2", "--eval_every", "-1", "--threads", "1"]
+    assert train.cli([*args, "--out", "runs/plain"]) == 0
+    done = command(*args, "--shard", "--out", "runs/sharded", cwd=folder, n=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((train.newest_checkpoint("runs/sharded") / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    near = lambda a, b: all(r.keys() == q.keys() and all(
+        q[k] == (pytest.approx(v, rel=1e-3, abs=1e-6) if isinstance(v, float) else v) for k, v in r.items()) for r, q in zip(a, b, strict=True))
+    assert near(rows("runs/plain"), rows("runs/sharded"))
+    a, b = weights("runs/plain"), weights("runs/sharded")
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+    (folder / "runs/sharded/checkpoints/latest").write_text("step-2")
+    assert command(*args, "--shard", "--out", "runs/sharded", "--resume", cwd=folder).returncode == 0      # one process now
+    assert near(rows("runs/plain"), rows("runs/sharded"))
+
+
+def test_bfloat16_compute_keeps_float32_masters(folder):
+    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4", "--eval_every", "-1"]
+    assert command(*args, "--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/half", cwd=folder).returncode == 0
+    assert train.cli([*args, "--out", "runs/full"]) == 0
+    losses = [[r["sft_loss"] for r in rows(out) if "sft_loss" in r] for out in ("runs/half", "runs/full")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    assert all(v.dtype == torch.float32 for v in weights("runs/half").values())

@@ -16,6 +16,7 @@ from test_rollout import plain_logprobs
 from test_train import command
 
 from rollout import HFEngine, Limits, Request, VLLMEngine, begin, rollout
+from sft_step import shard
 from tools import Env, UserError, make_tasks
 
 if importlib.util.find_spec("vllm") is None:     # not importorskip: it would import vLLM before its settings are in place
@@ -36,6 +37,13 @@ def hard_timeout():
 @pytest.fixture(scope="session")
 def shared(model, chat):
     return VLLMEngine(model, {chat.end_id}, 1024, kv_cache_gb=0.0625)
+
+
+@pytest.fixture(scope="session")
+def small(shared, model, chat):
+    """A cache for 2 or 3 long conversations. (It lives as long as `shared`: the end of one engine takes away what the other
+    stands on.)"""
+    return VLLMEngine(model, {chat.end_id}, 1024, kv_cache_gb=0.002)
 
 
 @pytest.fixture
@@ -162,11 +170,10 @@ def test_limits_and_stop_ids(engine, chat):
     assert [len(out) for out, _ in engine.generate([Request(0, ids, 4, (0,)), Request(1, ids[:-1], 1, (0,))])] == [4, 1]
 
 
-def test_more_than_fits(engine, model, chat):
-    """More prompt tokens than vLLM computes in one pass, and a cache that holds only 3 of the 12 conversations: they wait or
-    start over, and say the same."""
+def test_more_than_fits(engine, small, chat):
+    """More prompt tokens than vLLM computes in one pass, and a cache that holds only a few of the 12 conversations: they wait
+    or start over, and say the same."""
     todo = requests(chat, 12, 100, "plan " * 500)
-    small = VLLMEngine(model, {chat.end_id}, 1024, kv_cache_gb=0.002)
     assert agree(engine.generate(todo), small.generate(todo))
 
 
@@ -217,13 +224,14 @@ def test_a_gap_is_seen_and_corrected(folder):
     assert "WARNING: trainer and sampler differ" in done.stdout and 1e-4 < step["gap"] < step["gap_max"]
 
 
-def test_torchrun_equals_one_process(folder):
-    args = [*RUN, "--engine", "vllm", "--steps", "2", "--reward", "random", "--threads", "1"]
-    two = command(*args, "--out", "runs/vllm-two", n=2, cwd=folder)
+@pytest.mark.parametrize("flags", [[], ["--shard"]], ids=["copies", "sharded"])
+def test_torchrun_equals_one_process(folder, flags):
+    args, out = [*RUN, "--engine", "vllm", "--steps", "2", "--reward", "random", "--threads", "1"], f"runs/vllm{len(flags)}"
+    two = command(*args, *flags, "--out", f"{out}-two", n=2, cwd=folder)
     assert two.returncode == 0, two.stderr
-    one = command(*args, "--out", "runs/vllm-one", cwd=folder)
+    one = command(*args, "--out", f"{out}-one", cwd=folder)
     assert one.returncode == 0, one.stderr
-    a, b = rows("runs/vllm-two"), rows("runs/vllm-one")
+    a, b = rows(f"{out}-two"), rows(f"{out}-one")
     assert len(a) == len(b)
     for one, other in zip(a, b):
         assert one.pop("phase", "") == other.pop("phase", "")
@@ -231,13 +239,10 @@ def test_torchrun_equals_one_process(folder):
 
 
 def sharded_worker(rank, model, todo, expected, path):
-    from torch.distributed.fsdp import fully_shard
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    shard(model, "cpu", torch.float32)
     engine = VLLMEngine(model, {2}, 1024, kv_cache_gb=0.0625)
     assert type(next(model.parameters())).__name__ == "DTensor"
     assert os.environ.get("LD_PRELOAD") is None and "LOCAL_WORLD_SIZE" not in os.environ
