@@ -11,11 +11,14 @@ an open tag at the end of a lucky rollout is pushed up as if it had earned the r
 
 Shapes:  N = trained tokens of the micro-batch, flat;  row [N] tells which rollout each belongs to.
 """
+import math
+
 import torch
 
-from sft_step import in_step, micro_batches, reduce_sum, token_logprobs
+from sft_step import in_step, micro_batches, reduce_max, reduce_sum, token_logprobs
 
 KLS = ("k1", "k2", "k3")
+CORRECTIONS = ("none", "token", "sequence")
 
 
 def advantages(rewards, group_ids, normalise=True):
@@ -81,6 +84,23 @@ def policy_loss(logp, old, adv, row, lengths, loss="grpo", clip=(0.2, 0.2), dual
     return loss_t, outside.float()
 
 
+def sampler_correction(old, sampler, row, n_rows, kind, cap):
+    """Truncated importance sampling (TIS). Another engine, or another precision, samples from a slightly different policy
+    than the one that is trained. Then rho_t = p_new / p_old, with p_old of the TRAINER before its update, is the ratio of the
+    clip, and the weight w makes up for the tokens having come from p_sampler; no gradient flows through w:
+
+        L = -sum_t w_t min(rho_t A, clip(rho_t) A) / n          token     w_t = min(C, p_old(t) / p_sampler(t))
+                                                                sequence  w_t = min(C, prod_s p_old(s) / p_sampler(s))
+
+    token is low in variance, and ignores that the contexts came from the sampler too; sequence, over all trained tokens of
+    the rollout, has no bias but that of the cap, and its variance grows with the length.
+    old, sampler [N] log-probabilities (equal where nothing is to be corrected: w = 1), row [N] < n_rows   -> w [N]"""
+    log_w = old - sampler                                            # [N]
+    if kind == "sequence":
+        log_w = log_w.new_zeros(n_rows).index_add(0, row, log_w)[row]                                # [B] -> [N]
+    return log_w.clamp(max=math.log(cap)).exp()                      # = min(C, exp(log_w)), and exp never overflows
+
+
 def normaliser(loss, n_tokens, n_rows, max_tokens):
     """What the sum of per-token losses is divided by; all counts are global.
       grpo, dapo, cispo   tokens                     every token weighs the same (the paper's aggregation)
@@ -120,40 +140,43 @@ PRESSURES = ("clean", "malformed", "others_up", "others_down")       # the four 
 
 
 @torch.no_grad()
-def recompute_logprobs(model, rows, micro_tokens=16_384):
+def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
     """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
     re-encoded text). The ratio then starts at 1. -> mean over tokens of (old value - new value): for hinted rows the log
-    ratio p(token | hint) / p(token | no hint) that the update ignores."""
+    ratio p(token | hint) / p(token | no hint) that the update ignores.
+    Rows of the sources `corrected` keep .logprobs, and the trainer's own become .old (see sampler_correction)."""
     gap, n = 0.0, 0
     for batch in in_step(micro_batches(rows, micro_tokens), model):
         logp, *_ = token_logprobs(model, batch)
         values = iter(logp.tolist())
         for r in batch:
-            before = sum(r.logprobs)
-            r.logprobs = [next(values) if m else 0.0 for m in r.mask]
-            gap, n = gap + before - sum(r.logprobs), n + sum(r.mask)
+            own = [next(values) if m else 0.0 for m in r.mask]
+            gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
+            setattr(r, "old" if r.source in corrected else "logprobs", own)
     return gap / max(n, 1)
 
 
 def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, kl="k3", kl_weight=0.0, reference=None,
-                shaped=False, masked_ids=(), watch=None, micro_tokens=16_384, max_tokens=2048):
+                shaped=False, masked_ids=(), watch=None, correction="none", cap=2.0, micro_tokens=16_384, max_tokens=2048):
     """Adds the gradient of  sum(policy loss) / n + kl_weight * sum(KL) / n_tokens  to .grad.
 
     rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no policy
     gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the count n, otherwise the
     step size would depend on how many groups happened to be mixed.
     shaped: ground-truth rows use the shaped ratio. masked_ids: tokens that a NEGATIVE advantage does not push.
-    watch: {"open": id, "end": id}, whose pressure (see above) is measured on the way, per trained token."""
+    watch: {"open": id, "end": id}, whose pressure (see above) is measured on the way, per trained token.
+    correction, cap: of the gap between trainer and sampler, for rows that have .old (see sampler_correction)."""
     device = model.device
     n_tokens, n_rows = reduce_sum([sum(sum(r.mask) for r in rows), len(rows)], device)
     n = normaliser(loss, n_tokens, n_rows, max_tokens)
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
-    watch, sums = watch or {}, torch.zeros(7, dtype=torch.float64)
+    watch, sums, gap_max = watch or {}, torch.zeros(8, dtype=torch.float64), 0.0
     push = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64)
     for batch in in_step(micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)), model, reference):
         batch_rows = [r for r, _ in batch]
         logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
-        old = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)   # [N]
+        sampler = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)        # [N]
+        old = torch.tensor([lp for r in batch_rows for lp, m in zip(r.old or r.logprobs, r.mask) if m], device=device)  # [N]
         a = torch.tensor([a for _, a in batch], device=device)[row]                                  # [N]
         target = torch.tensor([t for r in batch_rows for t, m in zip(r.ids, r.mask) if m], device=device)       # [N]
         if masked_ids:
@@ -161,6 +184,8 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
         truth = torch.tensor([r.source == "truth" for r in batch_rows], device=device)[row] if shaped else None  # [N]
         lengths = torch.tensor([float(sum(r.mask)) for r in batch_rows], device=device)              # [B]
         loss_t, was_clipped = policy_loss(logp, old, a, row, lengths, loss, clip, dual_clip, truth)  # [N]
+        if correction != "none":
+            loss_t = loss_t * sampler_correction(old, sampler, row, len(batch_rows), correction, cap)            # [N]
         total = loss_t.sum() / n
         kl_t = torch.zeros_like(logp)
         if kl_weight > 0:
@@ -174,11 +199,14 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
                                       if s.who == "model" for _ in range(s.start, s.end)], device=device)       # [N]
             push += pressure(a, watched, target, malformed, list(watch.values())).double().cpu()
         with torch.no_grad():
-            sums += torch.stack([total, was_clipped.sum(), entropy.sum(), (logp - old).abs().sum(),
-                                 kl_penalty(logp, old).sum(), kl_t.sum(), torch.tensor(float(len(logp)), device=device)]
-                                ).double().cpu()
-    total, was_clipped, entropy, gap, kl_sampler, kl_ref, tokens, *push = reduce_sum(
+            sampled = torch.tensor([float(r.source == "policy") for r in batch_rows], device=device)[row]        # [N]
+            gap = (logp - sampler).abs() * sampled                   # [N], of hinted and ground-truth rows it says nothing
+            gap_max = max(gap_max, gap.max().item())
+            sums += torch.stack([total, was_clipped.sum(), entropy.sum(), gap.sum(), sampled.sum(), kl_penalty(logp, old).sum(),
+                                 kl_t.sum(), torch.tensor(float(len(logp)), device=device)]).double().cpu()
+    total, was_clipped, entropy, gap, sampled, kl_sampler, kl_ref, tokens, *push = reduce_sum(
         [*sums.tolist(), *push.flatten().tolist()], device)
     m, names = max(tokens, 1.0), [f"push/{name}|{part}" for name in watch for part in PRESSURES]
-    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / m, "kl_sampler": kl_sampler / m,
+    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / max(sampled, 1.0),
+            "gap_max": reduce_max(gap_max, device), "kl_sampler": kl_sampler / m,
             "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens} | {k: v / n_tokens for k, v in zip(names, push)}

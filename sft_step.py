@@ -27,6 +27,14 @@ def reduce_sum(values, device="cpu"):
     return total.tolist()
 
 
+def reduce_max(value, device="cpu"):
+    """3.0 on rank 0, 1.0 on rank 1 -> 3.0 on both."""
+    top = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    return top.item()
+
+
 def micro_batches(rows, max_tokens, length=lambda row: len(row.ids)):
     """Cut rows into batches whose PADDED size is at most max_tokens, similar lengths together (little padding):
     lengths [9, 2, 3], max_tokens 10 -> [[2, 3], [9]]"""

@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ import supervision
 import tools
 from analyze_tokens import (PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table,
                             token_classes, truth_logprobs)
-from rl_step import KLS, LOSSES, advantages, recompute_logprobs, rl_backward
-from rollout import Chat, HFEngine, Limits, begin, retokenized, rollout, transcript
+from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl_backward
+from rollout import Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
 from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
 from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
 from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
@@ -129,6 +130,19 @@ def parse_args(argv=None):
     g.add_argument("--max_message_tokens", type=int, default=64, help="tokens per model message")
     g.add_argument("--max_total_tokens", type=int, default=1024, help="tokens per episode")
     g.add_argument("--max_observation_tokens", type=int, default=256, help="tokens kept of one tool result (the last ones)")
+    g = p.add_argument_group("sampler")
+    g.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="hf = sample from the trained model itself, vllm = "
+                   "from a copy in vLLM, which gets the new weights before every rollout and evaluation")
+    g.add_argument("--kv_cache_gb", type=float, default=0.25, help="vllm: GiB for keys and values, per process")
+    g.add_argument("--engine_dtype", choices=("float32", "bfloat16", "float16"), default=None, help="vllm: precision of its "
+                   "copy; default: --compute_dtype")
+    g.add_argument("--gap_alarm", type=float, default=0.05, help="warn when the metric `gap`, mean |log p trainer - log p "
+                   "sampler| before the first update, is above this")
+    g.add_argument("--correction", choices=CORRECTIONS, default="none", help="weigh the policy loss by min(cap, p trainer / p "
+                   "sampler) per token, or by the product over the rollout (see rl_step.sampler_correction)")
+    g.add_argument("--correction_cap", type=float, default=2.0, help="the cap")
+    g.add_argument("--correct", nargs="+", choices=("policy", "hinted", "truth"), default=["policy"], help="whose rollouts are "
+                   "corrected. hinted: p(token) / p(token | hint); truth: p(token), as if its sampler were certain of each")
     g = p.add_argument_group("policy loss")
     g.add_argument("--loss", choices=LOSSES, default="grpo", help="variant of the policy loss (see rl_step.py)")
     g.add_argument("--advantage", choices=("std", "mean"), default=None, help="divide a group's advantages by their std, or "
@@ -166,7 +180,8 @@ def parse_args(argv=None):
     g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (test tasks, never trained)")
     g.add_argument("--save_every", type=int, default=25, help="checkpoint every so many steps (-1 = only the last)")
     g.add_argument("--keep", type=int, default=2, help="newest checkpoints kept (-1 = all)")
-    g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice)")
+    g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice; with "
+                   "--engine vllm on a CPU, 1)")
     a = p.parse_args(argv)
 
     # Flags that cannot work are refused here, before anything is built or written.
@@ -175,7 +190,7 @@ def parse_args(argv=None):
                             steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0, sft_lr=0,
                             sft_epochs=1, sft_weight=0, alarm_factor=1, alarm_checks=1, burst_rows=1, sft_budget=0, probe_tasks=1,
                             ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0, clip_low=0, clip_high=0,
-                            dual_clip=1, max_grad_norm=0).items():
+                            dual_clip=1, max_grad_norm=0, gap_alarm=0, correction_cap=1, kv_cache_gb=0.001).items():
         if getattr(a, name) is not None and not getattr(a, name) >= least:      # `not >=` also refuses nan
             p.error(f"--{name} {getattr(a, name)} must be at least {least}")
     for name in ("eval_every", "save_every", "probe_every", "keep", "threads"):
@@ -208,11 +223,14 @@ def parse_args(argv=None):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
     if a.signal == "prs" and a.group < 2:
         p.error("prs reflects on rollout 1 of each group, so --group must be at least 2")
+    if a.correction != "none" and a.retokenize:
+        p.error("--correction compares with the sampler's log-probabilities, and --retokenize has none; drop one of them")
     if a.reanchor_kl and not a.kl_weight:
         p.error("--reanchor_kl needs a --kl_weight above 0")
     if a.resume and a.eval_only:
         p.error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
     a.compute_dtype = a.compute_dtype or a.dtype
+    a.engine_dtype = a.engine_dtype or a.compute_dtype
     if a.compute_dtype != a.dtype and not a.shard:
         p.error(f"--compute_dtype {a.compute_dtype} beside --dtype {a.dtype} needs --shard, which keeps both copies")
     a.advantage = a.advantage or ("mean" if a.loss == "dr_grpo" else "std")
@@ -271,6 +289,8 @@ def total_steps(a):
 
 def start_processes(a):
     """-> rank, world size, device"""
+    if a.engine == "vllm" and a.threads < 0 and not torch.cuda.is_available():
+        a.threads = 1                            # vLLM's threads spin while they wait; where they compete: 20 times slower
     if a.threads > 0:
         torch.set_num_threads(a.threads)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -354,6 +374,22 @@ def load_model(name, a, device):
     return model, Chat(tokenizer)
 
 
+def make_engine(a, model, chat):
+    if a.engine == "hf":
+        return HFEngine(model, chat.stop_ids)
+    return VLLMEngine(model, chat.stop_ids, a.max_total_tokens, a.kv_cache_gb, a.engine_dtype)
+
+
+@contextmanager
+def sampling(engine, model):
+    """Inside, the engine samples from the weights of this moment, never from older ones: vLLM from its own copy of them (and
+    outside it sleeps), HFEngine from the model itself, which must then be whole on every rank."""
+    engine.load(model)
+    with gathered(*[model] * isinstance(engine, HFEngine)):
+        yield
+    engine.sleep()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Checkpoints: HF format + optimizer + RNG + counters. A folder gets its name only when it is complete, and `latest` is
 #    written after that, so a run killed at ANY moment leaves the previous checkpoint in force.
@@ -432,7 +468,8 @@ def save_checkpoint(out, step, model, tokenizer, weights, state, keep):
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device",
-                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache"}
+                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache",
+                  "gap_alarm", "kv_cache_gb"}
 
 
 def check_run(a):
@@ -475,14 +512,12 @@ def evaluation_sets(a):
     return sets
 
 
-def evaluate(model, chat, sets, a, rank, world):
+def evaluate(engine, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "content_ood": .02, "format_ood": .2, "average": .10 (of the four categories), "average_clean": .08
     (solved, and every message clean), "format_ood_clean": .15, ..., "state/call": .5, ...}"""
     work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
     envs = [env for _, env in work]
-    with gathered(model):
-        episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
-                           temperature=0.0)
+    episodes = rollout(engine, chat, envs, limits_of(a), [begin(chat, env) for env in envs], temperature=0.0)
     done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
     result["average"] = mean(result[c] for c in CATEGORIES)
@@ -511,6 +546,8 @@ def main(argv=None):
         raise UserError(f"--prompts {a.prompts} is less than the {world} processes; raise it.")
 
     # ---- model ------------------------------------------------------------------------------------------------------
+    if a.engine == "vllm":
+        import_vllm()                            # if it is missing, say so before anything is built
     checkpoint = None if a.eval_only else rank0_first(rank, lambda: check_run(a))
     model, chat, start_from = load_policy(a, rank, device)
     n_params = sum(p.numel() for p in model.parameters())
@@ -518,7 +555,8 @@ def main(argv=None):
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
     sets = evaluation_sets(a)
     if a.eval_only:
-        scores = evaluate(model, chat, sets, a, rank, world)
+        with sampling(engine := make_engine(a, model, chat), model):
+            scores = evaluate(engine, chat, sets, a, rank, world)
         say(table({"score": scores}))
         if a.out and rank == 0:
             Path(a.out).mkdir(parents=True, exist_ok=True)
@@ -543,6 +581,7 @@ def main(argv=None):
     if checkpoint:
         model, chat = load_model(checkpoint, a, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay)
+    engine = make_engine(a, model, chat)
 
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
@@ -569,7 +608,6 @@ def main(argv=None):
             cut_log(out / name, start)
     say(f"run folder: {out}, steps {start} to {last}")
 
-    engine = HFEngine(model, chat.stop_ids)
     bar = tqdm(total=last, initial=start, desc=str(out), disable=None if rank == 0 else True)      # None: only on a terminal
     for step in range(start, last + 1):
 
@@ -588,7 +626,8 @@ def main(argv=None):
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
         if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
-            scores = evaluate(model, chat, sets, a, rank, world)
+            with sampling(engine, model):
+                scores = evaluate(engine, chat, sets, a, rank, world)
             say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
         if step > start and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
@@ -638,7 +677,7 @@ def main(argv=None):
             # ---- roll out: G conversations per prompt, all of them together ---------------------------------------------
             batch = endless(tasks, n["prompts"], a.prompts, f"{a.seed} prompts")
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
-            with gathered(model):
+            with sampling(engine, model):
                 episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
             row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source) for e in episodes]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
@@ -652,7 +691,10 @@ def main(argv=None):
                 episodes = [retokenized(chat, e) for e in episodes]
             unhinted = a.signal == "hbg" and not a.hint_in_update
             foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)]
-            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens)])
+            corrected = a.correct if a.correction != "none" else ()
+            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens, corrected)])
+            others = [e for e in episodes if e.source in corrected and e.old is None]
+            recompute_logprobs(model, others, a.micro_tokens, corrected)
             if unhinted:
                 row["hint_log_ratio"] = mean(gaps)                           # log p(token | hint) - log p(token | no hint)
 
@@ -672,6 +714,7 @@ def main(argv=None):
                                 clip=(a.clip_low, a.clip_high), dual_clip=a.dual_clip, kl=a.kl, kl_weight=a.kl_weight,
                                 reference=reference, shaped=a.signal == "ops" and a.ops_ratio == "shaped",
                                 masked_ids=control_ids if a.mask_control else (), micro_tokens=a.micro_tokens,
+                                correction=a.correction, cap=a.correction_cap,
                                 max_tokens=a.max_total_tokens, watch={k: classes[k][0] for k in ("open", "end")})
                 if rows:                         # synchronous: the cross-entropy is one more term, with its own normaliser
                     some = endless(rows, n["rows"], a.sft_batch, f"{a.seed} rows")
@@ -682,7 +725,10 @@ def main(argv=None):
             row |= {k: mean(m[k] for m in done) for k in done[0]}
             row |= {k: sum(m[k] for m in done) for k in ("tokens", "rl_tokens")} | {"skipped_updates": skipped}
             row |= {"sft_visits": a.updates * a.sft_batch} if rows else {}
-            row["gap"] = done[0]["gap"]          # |log p trainer - log p sampler| before any update: must be about 0
+            row |= {k: done[0][k] for k in ("gap", "gap_max")}   # |log p trainer - log p sampler| before any update: about 0
+            if not row["gap"] <= a.gap_alarm:    # so that nan warns too
+                say(f"step {step:4d}  WARNING: trainer and sampler differ by {row['gap']:.3g} per token (--gap_alarm "
+                    f"{a.gap_alarm:g}), at most by {row['gap_max']:.3g}; --correction token weighs the loss accordingly")
             n["rl_steps"] += 1
             n["prompts"] += a.prompts
 
@@ -769,7 +815,7 @@ def cli(argv=None):
         print("\ntrain.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and "vllm" not in sys.modules:          # a vLLM engine does it at exit, and fails if it is done
             dist.destroy_process_group()
 
 

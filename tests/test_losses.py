@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rl_step import LOSSES, advantages, kl_penalty, normaliser, policy_loss, pressure, rl_backward
+from rl_step import (LOSSES, advantages, kl_penalty, normaliser, policy_loss, pressure, recompute_logprobs, rl_backward,
+                     sampler_correction)
 from rollout import Episode
 from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
 
@@ -267,3 +268,61 @@ def test_non_finite_gradient_skips_the_update(model):
     sft_backward(m, episodes())
     assert optimizer_step(m, optimizer, 1.0)["skipped_updates"] == 0
     assert not torch.equal(before["model.norm.weight"], m.state_dict()["model.norm.weight"])
+
+
+# --- the gap between trainer and sampler ---------------------------------------------------------------------------------
+def test_sampler_correction():
+    """Against plain Python in float64; a ratio of e^100 is capped, one of e^-100 is 0, and equal log-probabilities weigh 1."""
+    rng, row = np.random.default_rng(0), torch.tensor([0, 0, 0, 1, 1, 2])
+    old, sampler = (torch.tensor(-rng.random(6) * 3) for _ in range(2))
+    old[5], sampler[5] = -0.5, -0.5
+    ratio = [math.exp(o - s) for o, s in zip(old.tolist(), sampler.tolist())]
+    product = [math.prod(r for r, k in zip(ratio, row.tolist()) if k == i) for i in row.tolist()]
+    for kind, expected in (("token", ratio), ("sequence", product)):
+        w = sampler_correction(old, sampler, row, 3, kind, 1.5)
+        assert w.tolist() == pytest.approx([min(1.5, x) for x in expected], rel=1e-12) and w[5] == 1
+        assert max(expected) > 1.5 > min(expected)
+    far = sampler_correction(torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0]), torch.tensor([0, 1]), 2, "token", 2.0)
+    assert far.tolist() == pytest.approx([2, 0], abs=1e-30)
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_only_the_rows_that_were_asked_for_are_corrected(model, kind):
+    """The gradient of rl_backward = that of the sum written out, row by row, in which a ground-truth row has the weight 1."""
+    data, adv = episodes(), [0.5, -1.0, 1.0, -0.5, 2.0, -2.0, 1.0, -1.0]
+    for e in data[::3]:
+        e.source = "truth"
+    recompute_logprobs(model, [e for e in data if e.source == "truth"], corrected=["policy"])
+    recompute_logprobs(model, [e for e in data if e.source == "policy"], corrected=["policy"])
+    assert [e.old is None for e in data] == [e.source == "truth" for e in data]
+
+    def reference(m):
+        total, n = 0.0, sum(sum(e.mask) for e in data)
+        for e, a in zip(data, adv):
+            logp = reference_logprobs(m, [e])[0]                         # first update: rho = exp(logp - old) = 1, gradient 1
+            old = logp.detach()
+            sampler = torch.tensor([lp for lp, k in zip(e.logprobs, e.mask) if k], dtype=torch.float64)
+            w = (old - sampler).exp() if kind == "token" else (old - sampler).sum().exp().expand(len(old))
+            w = w.clamp(max=2.0) if e.source == "policy" else torch.ones_like(old)
+            total = total - (w * a * (logp - old).exp()).sum() / n
+        total.backward()
+        return total.item()
+    expected, plain = gradients(model, reference)
+    m, ours = gradients(model, lambda m: rl_backward(m, data, adv, correction=kind, cap=2.0, dual_clip=9.0))
+    assert m["loss"] == pytest.approx(expected, rel=1e-4) and close(ours, plain, 1e-4)
+    _, without = gradients(model, lambda m: rl_backward(m, data, adv, dual_clip=9.0))
+    assert not close(without, plain, 1e-2)
+
+
+def test_the_gap_is_that_of_the_sampled_rows(model):
+    data = episodes()
+    for e in data[:4]:
+        e.source = "truth"                                               # nobody sampled them: their distance says nothing
+    own, _ = reference_logprobs(model, data[4:])
+    gap = (own.detach() - torch.tensor([lp for e in data[4:] for lp, m in zip(e.logprobs, e.mask) if m])).abs()
+    for corrected in ((), ["policy"]):                                   # also where .old hides it from the ratio
+        if corrected:
+            recompute_logprobs(model, data[4:], corrected=corrected)
+        m = rl_backward(model, data, [1.0] * 8, correction="token" if corrected else "none", micro_tokens=40)
+        assert m["gap"] == pytest.approx(gap.mean().item(), rel=1e-5)
+        assert m["gap_max"] == pytest.approx(gap.max().item(), rel=1e-5)

@@ -179,6 +179,8 @@ def test_eval_only(folder, capsys):
     (["--base_wrong", "1.5"], "--base_wrong 1.5"),
     (["--tiny_hidden", "33"], "--tiny_hidden 33"),
     (["--loss", "ppo"], "invalid choice: 'ppo'"),
+    (["--correction_cap", "0.5"], "--correction_cap 0.5"),
+    (["--correction", "token", "--retokenize"], "--retokenize has none"),
     (["--compute_dtype", "bfloat16"], "--compute_dtype bfloat16 beside --dtype float32 needs --shard"),
     (["--alarm", "p/nothing"], "--alarm p/nothing is not a metric of the probe"),
     (["--signal", "ets", "--schedule", "adaptive", "--probe_every", "-1"], "the alarm listens to the probe"),
@@ -205,6 +207,24 @@ def test_mistakes_are_one_sentence(folder, capfd, args, words):
     assert status == 2 and words in err[-1] and "Traceback" not in "\n".join(err)
     written = {p for p in folder.rglob("*")} - set(before)
     assert not written, "a mistake must not leave anything behind"
+
+
+def test_a_missing_vllm_is_one_sentence(folder, capfd, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())                # its settings for vLLM are not for the other tests
+    monkeypatch.setitem(sys.modules, "vllm", None)                       # import vllm now raises ImportError
+    before = set(folder.rglob("*"))
+    assert train.cli([*RUN, "--engine", "vllm", "--out", "runs/new"]) == 2 and set(folder.rglob("*")) == before
+    err = capfd.readouterr().err.strip()
+    assert "\n" not in err and "pip install" in err and "--engine hf" in err
+
+
+def test_correction_flags(folder):
+    """HBG with all corrected: the sampler is the trained model itself, so the policy's rollouts have no gap."""
+    assert train.cli([*RUN, "--signal", "hbg", "--correction", "sequence", "--correct", "policy", "hinted", "--steps", "1",
+                      "--reward", "random", "--out", "runs/corrected"]) == 0
+    step = next(r for r in rows("runs/corrected") if "phase" in r)
+    assert 0 < step["gap"] < 1e-5 and step["gap"] < step["gap_max"] < 1e-4
+    assert step["grad_norm"] > 0 and step["hint_log_ratio"] != 0
 
 
 @pytest.mark.parametrize("damage, words", [
