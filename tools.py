@@ -653,8 +653,9 @@ class BfclTask(Task):
 
     def call(self, apps, name, args):
         app, doc = bfcl()[2][name]
-        args = coerce(copy.deepcopy(args), doc["function"]["parameters"])    # a copy: simulators keep what they are given
-        guard(args, doc["function"]["parameters"]["properties"])
+        parameters = doc["function"]["parameters"]
+        args = coerce(args, parameters)          # a copy down to the last list: simulators keep and change what they are given
+        guard(args, parameters["properties"])
         return run_tool(getattr(apps[app], name), args)
 
     def explain(self, error):
@@ -665,7 +666,7 @@ class BfclTask(Task):
 
 
 def coerce(value, schema):
-    """coerce({"a": 5, "n": 2.0}, {... "a": number, "n": integer}) -> {"a": 5.0, "n": 2}
+    """coerce({"a": 5, "n": 2.0}, {... "a": number, "n": integer}) -> {"a": 5.0, "n": 2}, with new dicts and lists
 
     Results are compared as strings, and "5" is not "5.0"; JSON does not distinguish the two. So both sides are written as
     the documentation says. Nothing is rejected here: one ground truth has a string where an integer belongs."""
@@ -868,23 +869,23 @@ def acebench_tasks(folder, n=None):
             answers = [[(re.sub(r"_\d+$", "", name), args) for name, args in a.items()]      # f_1, f_2: the same tool twice
                        for a in (truth if isinstance(truth, list) else [truth])]
             docs = {doc["name"]: doc for doc in entry["function"]}
-            tasks.append(AceTask(
-                entry["id"], "acebench", {name: json.dumps({"type": "function", "function": doc}, ensure_ascii=False)
-                                          for name, doc in docs.items()}, [], answers,
-                [Turn("Conversation history 1..t:\n" + entry["question"], answers[0], DONE)],
-                context=entry.get("time") or entry.get("profile", "") and f"Character profile:\n{entry['profile']}",
-                required={name: doc.get("parameters", {}).get("required", []) for name, doc in docs.items()}))
+            text = {name: json.dumps({"type": "function", "function": doc}, ensure_ascii=False) for name, doc in docs.items()}
+            required = {name: doc.get("parameters", {}).get("required", []) for name, doc in docs.items()}
+            context = f"Character profile:\n{entry['profile']}" if "profile" in entry else entry.get("time", "")
+            turn = Turn("Conversation history 1..t:\n" + entry["question"], answers[0], DONE)
+            tasks.append(AceTask(entry["id"], "acebench", text, [], answers, [turn], False, context, required))
     return tasks[:n]
 
 
 def _toolace_calls(text, names):
-    """'[Market Trends(kind="x")]' -> [("Market Trends", {"kind": "x"})]; None if it is not that. Such names are no Python, so each
-    one is replaced by an identifier before parsing."""
+    """'[Market Trends(kind="x")]' -> [("Market Trends", {"kind": "x"})]; None if it is not that. Such names are no Python, so
+    each one is replaced by an identifier before parsing."""
     for i, name in enumerate(names):
         text = text.replace(f"{name}(", f"tool_{i}_(")
     calls = _bracket_calls(text)
-    if calls is None or not all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls) or re.search(r"tool_\d+_\(", str(
-            [args for _, args in calls])):
+    if calls is None or not all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls):
+        return None
+    if re.search(r"tool_\d+_\(", str([args for _, args in calls])):    # a name was replaced inside a value
         return None
     return [(names[int(name[5:-1])], args) for name, args in calls]
 
@@ -894,7 +895,8 @@ def _toolace_dialogue(row, syntax):
     try:
         docs, _ = json.JSONDecoder().raw_decode(row["system"], re.search(r'\[\s*\{\s*"', row["system"]).start())
         names = sorted((doc["name"] for doc in docs), key=len, reverse=True)
-        messages = [{"role": "system", "content": tool_system([json.dumps(openai_doc(d), ensure_ascii=False) for d in docs], syntax)}]
+        text = [json.dumps(openai_doc(doc), ensure_ascii=False) for doc in docs]
+        messages = [{"role": "system", "content": tool_system(text, syntax)}]
         for turn in row["conversations"]:
             who, text = turn["from"], turn["value"]
             if who == "assistant":

@@ -81,8 +81,8 @@ def parse_args(argv=None):
     g.add_argument("--burst_rows", type=int, default=64, help="adaptive: rows trained in a burst")
     g.add_argument("--sft_budget", type=int, default=384, help="adaptive: rows trained in all bursts together")
     g = p.add_argument_group("signals")
-    g.add_argument("--sft_file", default=None, metavar="FILE", help="sft: train on the dialogues of this ToolACE JSON file instead "
-                   "of the ground truth of the training tasks")
+    g.add_argument("--sft_file", default=None, metavar="FILE", help="sft: train on the dialogues of this ToolACE JSON file "
+                   "instead of the ground truth of the training tasks")
     g.add_argument("--ops_k", type=int, default=1, help="ops: ground-truth rollouts per group")
     g.add_argument("--ops_ratio", choices=("one", "shaped"), default="one", help="ops: their ratio is 1 before the first update "
                    "(as released), or p / (p + 0.1) (as the paper intends)")
@@ -113,13 +113,13 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
     g.add_argument("--device", default="auto", help="auto = cuda if there is one, else cpu")
     g = p.add_argument_group("world")
-    g.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="tiny = the embedded world; bfcl = BFCL's multi-turn "
-                   f"tasks (pip install --no-deps {BFCL_PACKAGES}), with the paper's values as defaults: "
+    g.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="tiny = the embedded world; bfcl = BFCL's "
+                   f"multi-turn tasks (pip install --no-deps {BFCL_PACKAGES}), with the paper's values as defaults: "
                    + ", ".join(f"--{k} {v}" for k, v in BFCL_DEFAULTS.items()))
-    g.add_argument("--validation", type=int, default=20, help="bfcl: stories of the 100 training ones that are set aside for the "
-                   "evaluation during training; test tasks are used only at the end and by --eval_only")
-    g.add_argument("--acebench", default=None, metavar="DIR", help="bfcl: evaluate on ACEBench's `normal` entries in this folder as "
-                   "well (ace_brackets = format- and content-OOD, ace_tags = content-OOD)")
+    g.add_argument("--validation", type=int, default=20, help="bfcl: stories of the 100 training ones that are set aside for "
+                   "the evaluation during training; test tasks are used only at the end and by --eval_only")
+    g.add_argument("--acebench", default=None, metavar="DIR", help="bfcl: evaluate on ACEBench's `normal` entries in this "
+                   "folder as well (ace_brackets = format- and content-OOD, ace_tags = content-OOD)")
     g.add_argument("--syntax", choices=("A", "B"), default="A", help="call syntax of training: A = <tool_call> JSON, "
                    "B = [f(a='x')]; the other one is the format-OOD evaluation")
     g.add_argument("--closing", choices=("lenient", "strict"), default="lenient", help="what a message without a complete "
@@ -486,12 +486,14 @@ def evaluation_sets(a, split):
 
 def evaluate(model, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "average": .10, "average_clean": .08 (solved, and every message clean), "content_ood": .02,
-    "format_ood": .2, "state/call": .5, ...}; of bfcl also "base_strict": .11, ..., "average_strict": .09 (tools.py, verdicts)"""
+    "format_ood": .2, "state/call": .5, ...}; of bfcl also "base_strict": .11, ..., "average_strict": .09 (tools.verdicts)"""
     closing = "lenient" if a.world == "bfcl" else a.closing          # both verdicts need the conversation to its end
     work = [(name, make_env(task, syntax, closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
-    envs = [env for _, env in work]
-    episodes = rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
-                       temperature=0.0)
+    # as many conversations at a time as a training step has: the keys and values of all of bfcl's would fit nowhere
+    size, episodes = max(1, a.prompts * a.group // world) if a.world == "bfcl" else max(1, len(work)), []
+    for envs in ([env for _, env in work[i:i + size]] for i in range(0, len(work), size)):
+        episodes += rollout(HFEngine(model, chat.stop_ids), chat, envs, limits_of(a), [begin(chat, env) for env in envs],
+                            temperature=0.0)
     done = gather([score for (name, env), e in zip(work, episodes) for score in judged(name, env, e)])
     names = dict.fromkeys([*sets, *(name for name, _, _ in done)])
     result = {name: mean(r for n, r, _ in done if n == name) for name in names}

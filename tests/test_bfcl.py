@@ -20,8 +20,8 @@ import tools
 import train
 from rollout import Chat, Limits, play
 from supervision import cause, demonstrate, hint, reflect_error, reflect_whole, reflection_prompts
-from tools import (CATEGORIES, Env, UserError, ace_equal, acebench_tasks, bfcl_split, bfcl_tasks, coerce, demonstration, make_env,
-                   parse, read_toolace, verdicts, write_calls)
+from tools import (CATEGORIES, Env, UserError, ace_equal, acebench_tasks, bfcl_split, bfcl_tasks, coerce, demonstration,
+                   make_env, parse, read_toolace, verdicts, write_calls)
 
 needs_bfcl = pytest.mark.skipif(not (importlib.util.find_spec("bfcl_eval") and importlib.util.find_spec("mpmath")),
                                 reason=f"pip install --no-deps {tools.BFCL_PACKAGES}")
@@ -82,13 +82,14 @@ def spoil(task):
 
     def changed(t, messages):
         return [messages if i == t else turn for i, turn in enumerate(right)]
-    ways = {"right": right, "nothing": [["Done."] for _ in right], "last call dropped": changed(last, right[last][:-2] + ["Done."]),
-            "last call is junk": changed(last, right[last][:-2] + [TAG.format('{"name": "junk", "arguments": {}}'), "Done."]),
+    junk = TAG.format('{"name": "junk", "arguments": {}}')
+    ways = {"right": right, "nothing": [["Done."] for _ in right],
+            "last call dropped": changed(last, right[last][:-2] + ["Done."]),
+            "last call is junk": changed(last, right[last][:-2] + [junk, "Done."]),
             "doubled": [[m for text in turn[:-1] for m in (text, text)] + turn[-1:] for turn in right],
             "reversed": [turn[:-1][::-1] + turn[-1:] for turn in right],
             "all at once": [sum((turn[:-1] for turn in right), []) + ["Done."], *[["Done."] for _ in right[1:]]],
-            "with junk": [turn[:-1] + [TAG.format('{"name": "junk", "arguments": {}}')] + turn[-1:] if turn[:-1] else turn
-                          for turn in right]}
+            "with junk": [turn[:-1] + [junk] + turn[-1:] if turn[:-1] else turn for turn in right]}
     if empty:
         ways["call where none is right"] = changed(empty[0], right[full[0]][:1] + ["Done."])
     return ways
@@ -107,7 +108,8 @@ def test_verdict_is_the_official_one(category):
         for i, (way, script) in enumerate(spoil(task).items()):
             decoded = [[[f"{name}({', '.join(f'{k}={v!r}' for k, v in args.items())})" for name, args in parse(text).calls]
                         for text in turn[:-1]] for turn in script]
-            official = multi_turn_checker(decoded, truths[index]["ground_truth"], entries[index], category, f"m{i}_{way.replace(' ', '_')}")
+            name = f"test_{category}_{i}"
+            official = multi_turn_checker(decoded, truths[index]["ground_truth"], entries[index], category, name)
             assert verdicts(task, "A", said(script))[""] == official["valid"], (task.id, way)
             seen.add((way, official["valid"]))
     assert {("right", True), ("nothing", False), ("last call dropped", False), ("doubled", False), ("with junk", True)} <= seen
@@ -154,7 +156,7 @@ def test_system_message_is_what_qwen_was_trained_on():
     system = story("base", 0).system("A")
     head, rest = system.split("<tools>\n")
     docs, tail = rest.split("\n</tools>")
-    assert head.startswith("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n\n# Tools\n\nYou may call one or more")
+    assert head.startswith("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n\n# Tools\n\nYou may call")
     assert tail.endswith('<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
     kinds = set()
 
@@ -171,7 +173,8 @@ def test_system_message_is_what_qwen_was_trained_on():
 
 
 def test_coerce():
-    schema = {"properties": {"a": {"type": "number"}, "n": {"type": "integer"}, "xs": {"type": "array", "items": {"type": "number"}}}}
+    schema = {"properties": {"a": {"type": "number"}, "n": {"type": "integer"},
+                             "xs": {"type": "array", "items": {"type": "number"}}}}
     got = coerce({"a": 5, "n": 2.0, "xs": [1, 2.5], "b": 7}, schema)
     assert json.dumps(got) == '{"a": 5.0, "n": 2, "xs": [1.0, 2.5], "b": 7}'
     assert json.dumps(coerce({"a": True, "n": "x", "xs": "y"}, schema)) == '{"a": true, "n": "x", "xs": "y"}'
@@ -226,8 +229,8 @@ def test_hostile_calls_are_observations(tmp_path):
             if message.calls:
                 answer = env.step(message)
                 assert "rror" in answer, (name, args, answer)
-    for text in (TAG.format('{"name": "ls"}'), TAG.format('{"name": ["ls"], "arguments": {}}'), TAG.format("ls()"), TAG.format(payload)):
-        assert "rror" in env.step(parse(text))
+    for body in ('{"name": "ls"}', '{"name": ["ls"], "arguments": {}}', "ls()", payload):
+        assert "rror" in env.step(parse(TAG.format(body)))
     for text in (f"[ls(a={payload})]", f"[{payload}]", "[ls(**{})]", "[ls().__class__()]", "[(lambda: 1)()]"):
         assert parse(text, "B").calls == []
     assert not marker.exists()
@@ -260,7 +263,7 @@ def test_a_call_that_would_hang_is_stopped():
     times, answers = [], []
     thread = threading.Thread(target=all_of_them, args=(times, answers), daemon=True)   # signals never reach this thread
     thread.start()
-    thread.join(60)
+    thread.join(20)
     assert not thread.is_alive() and len(answers) == 9, "a call hangs"
     assert all("rror" in text for _, text in answers), answers
     assert "takes too long" in answers[0][1] and max(times) < 5
@@ -322,7 +325,7 @@ def test_concurrent_episodes_of_one_task():
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        for index in (32, 49, 57, 59, 0, 150):
+        for index in 3 * (32, 49, 57, 59) + (0, 150):
             task, logs = story("base", index), []
 
             def run():
@@ -351,7 +354,8 @@ def small_model(tmp_path_factory):
     tokenizer = supervision.tiny_tokenizer()
     supervision.WORDING = words
     folder = tmp_path_factory.mktemp("model")
-    supervision.tiny_model(len(tokenizer), train.parse_args(["--tiny_hidden", "32", "--tiny_layers", "1"])).save_pretrained(folder)
+    a = train.parse_args(["--tiny_hidden", "32", "--tiny_layers", "1"])
+    supervision.tiny_model(len(tokenizer), a).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, Chat(tokenizer)
 
@@ -385,7 +389,7 @@ RUN = ["--world", "bfcl", "--threads", "1", "--prompts", "1", "--group", "2", "-
 def test_train_and_evaluate_end_to_end(small_model, ace_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = [*RUN, "--model", str(small_model[0]), "--acebench", str(ace_folder)]
-    assert train.cli([*run, "--signal", "prs", "--schedule", "synchronous", "--steps", "1", "--out", "r"]) == 0, capsys.readouterr()
+    assert train.cli([*run, "--signal", "prs", "--schedule", "synchronous", "--steps", "1", "--out", "r"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     evals, tests = [r for r in rows if "eval/average" in r], [r for r in rows if "test/average" in r]
     assert [r["step"] for r in evals] == [0, 1] and [r["step"] for r in tests] == [1]     # test tasks: once, at the end
@@ -407,8 +411,8 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys):
     tools._bfcl_category.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0"):
         bfcl_tasks("train", "base")
-    for argv, word in ((["--world", "bfcl"], "--model"), (["--acebench", "x"], "--world bfcl"), (["--sft_file", "x"], "--signal sft"),
-                       (["--validation", "100"], "--validation 100")):
+    for argv, word in ((["--world", "bfcl"], "--model"), (["--acebench", "x"], "--world bfcl"),
+                       (["--sft_file", "x"], "--signal sft"), (["--validation", "100"], "--validation 100")):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
         assert word in capsys.readouterr().err
@@ -424,7 +428,7 @@ def ace_folder(tmp_path_factory):
     (folder / "possible_answer").mkdir()
     docs = [{"name": "weather", "description": "Weather.", "parameters": {
         "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}]
-    entries = [{"id": "a_0", "question": "user: Weather in New York for 3 days?\n", "function": docs, "time": "Today is Monday."},
+    entries = [{"id": "a_0", "question": "user: Weather in New York for 3 days?\n", "function": docs, "time": "It is Monday."},
                {"id": "a_1", "question": "user: Weather in Rome and Oslo?\n", "function": docs, "time": ""}]
     truths = [{"id": "a_0", "ground_truth": [{"weather": {"city": "New York", "days": 3}}, {"weather": {"city": "NYC"}}]},
               {"id": "a_1", "ground_truth": {"weather_1": {"city": "Rome"}, "weather_2": {"city": "Oslo"}}}]
@@ -435,14 +439,15 @@ def ace_folder(tmp_path_factory):
 
 def test_acebench_rules(ace_folder):
     first, second = acebench_tasks(ace_folder)
-    assert "Today is Monday." in first.system("B") and first.turns[0].user.endswith("New York for 3 days?\n")
+    assert "It is Monday." in first.system("B") and first.turns[0].user.endswith("New York for 3 days?\n")
 
     def grade(task, calls, syntax):
         env = make_env(task, syntax, "strict")
         assert env.step(parse(calls if isinstance(calls, str) else write_calls(calls, syntax), syntax)) is None
         return env.grade().reward, env.status
     for syntax in "AB":
-        for calls, reward in [([("weather", {"city": "the city of new-york", "days": 3})], 1), ([("weather", {"city": "New York"})], 1),
+        for calls, reward in [([("weather", {"city": "the city of new-york", "days": 3})], 1),
+                              ([("weather", {"city": "New York"})], 1),
                               ([("weather", {"city": "N.Y.C."})], 1), ([("weather", {"city": "New York", "days": 4})], 0),
                               ([("weather", {"days": 3})], 0), ([("weather", {"city": "New York", "unit": "C"})], 0),
                               ([("Weather", {"city": "New York"})], 0), ([("weather", {"city": "New York"})] * 2, 0),
@@ -471,9 +476,10 @@ def test_acebench_ground_truth():
 
 
 def toolace_rows():
-    system = ('You are an expert in composing functions. Here is a list of functions in JSON format that you can invoke:\n'
-              '[{"name": "Market Trends API", "description": "Trends.", "parameters": {"type": "dict", "properties": {"kind": {"type": '
-              '"string"}}, "required": ["kind"]}}, {"name": "f", "description": "", "parameters": {"type": "dict", "properties": {}}}]. '
+    system = ('Here is a list of functions in JSON format that you can invoke:\n'
+              '[{"name": "Market Trends API", "description": "Trends.", "parameters": {"type": "dict", "properties": '
+              '{"kind": {"type": "string"}}, "required": ["kind"]}}, '
+              '{"name": "f", "description": "", "parameters": {"type": "dict", "properties": {}}}]. '
               "\nShould you decide to return the function call(s), put them as [func(a=1)]")
     talk = lambda *values: {"system": system, "conversations": [
         {"from": who, "value": value} for who, value in zip(("user", "assistant", "tool", "assistant"), values)]}
