@@ -34,7 +34,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from rollout import Chat, Episode, Limits, begin, play, rollout, without_hint
 from sft_step import optimizer_step, sft_backward
 from tools import (APPS, ASKS, CATEGORIES, CONTROL, DOCS, TOOL_APP, Env, UserError, ask, demonstration, make_tasks,
-                   noisy_demonstration, parse, write_calls)
+                   noisy_demonstration, parse, read_toolace, write_calls)
 
 TRAIN_CATEGORIES = [c for c in CATEGORIES if c != "long_context"]    # long_context is for evaluation only, as in the paper
 
@@ -120,9 +120,12 @@ def reflect_error(task, episode, syntax):
     """The embedded judge, text (b), about the turn that failed."""
     turn, rng = task.turns[episode.failed_turn], random.Random(f"{task.id} {episode.failed_turn}")
     tool = turn.calls[-1][0] if turn.calls else rng.choice(sorted(task.docs))
-    app = TOOL_APP[tool]
     lines = [f"cause: {cause(task, episode, episode.failed_turn, syntax) or 'the state is not right'}",
-             f"fix: {right(turn, syntax)}", "similar:"]
+             f"fix: {right(turn, syntax)}"]
+    if tool not in ASKS:                             # real data: only a language model (--judge_url) can invent scenarios there
+        return "\n".join(lines)
+    app = TOOL_APP[tool]
+    lines += ["similar:"]
     for _ in range(3):
         phrase, calls = ask(rng, {app: APPS[app](rng)}, [tool])
         lines += [f"user: {phrase}", write_calls(calls, syntax)]
@@ -221,6 +224,7 @@ class Signal:
     """none: vanilla GRPO. The base class of all others; see "Add your own signal" in README."""
     schedules = ("rl",)                          # with which it makes sense
     skipped = 0                                  # rows that the last call of rows() could not make
+    note = ""                                    # what the person at the keyboard should read before the run starts
 
     def __init__(self, a, chat, tasks, limits):
         self.a, self.chat, self.limits = a, chat, limits
@@ -246,12 +250,26 @@ class Signal:
 
 
 class SFT(Signal):
-    """Ground-truth demonstrations of all training tasks."""
+    """Ground-truth demonstrations of all training tasks; or, with --sft_file, ToolACE's dialogues in their place."""
     schedules = ("sft", "sft_then_rl", "interleaved", "synchronous", "adaptive")
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.demos = {id: demonstrate(self.chat, task, self.a, self.limits) for id, task in self.tasks.items()}
+        if self.a.sft_file:
+            self.demos = self.read_dialogues(self.a.sft_file)
+        else:
+            self.demos = {id: demonstrate(self.chat, task, self.a, self.limits) for id, task in self.tasks.items()}
+
+    def read_dialogues(self, path):
+        """-> {0: Episode, 1: Episode, ...}; .note says how many rows of the file are not among them"""
+        dialogues, unreadable = read_toolace(path, self.a.syntax)
+        rows = [row for row in (dialogue_row(self.chat, f"{path}:{i}", d) for i, d in enumerate(dialogues))
+                if len(row.ids) <= self.limits.total]
+        self.note = (f"{path}: {len(rows)} dialogues; left out: {unreadable} that cannot be read, "
+                     f"{len(dialogues) - len(rows)} longer than --max_total_tokens {self.limits.total}")
+        if not rows:
+            raise UserError(f"--sft_file has no usable row. {self.note}.")
+        return dict(enumerate(rows))
 
     def rows(self):
         return list(self.demos.values())
@@ -342,6 +360,18 @@ class PRS(ETS):
 
     def state(self):
         return {"seen": self.seen, "kept": self.kept}
+
+
+def dialogue_row(chat, name, messages):
+    """[system, user, assistant, user, assistant, ...] -> an Episode whose assistant messages are trained"""
+    row = Episode(name, -1, source="truth")
+    row.append(chat.prompt(messages[:2]), "prompt", 0, text=messages[1]["content"])
+    for i, text in enumerate(m["content"] for m in messages[2:]):
+        if i % 2:
+            row.append(chat.observation(text), "user", 0, text=text)
+        else:
+            row.append(chat.message(text), "model", 0, text=text)
+    return row
 
 
 def text_row(chat, name, prompt, answer):

@@ -4,6 +4,8 @@
     2. messages `parse` turns one assistant message into its calls and its structural STATE
     3. env      the multi-turn conversation: user turns, tool results, grading
     4. tasks    a seeded generator of stories in BFCL's four categories, and their demonstrations
+    5. BFCL     the same game on real data: BFCL's own tasks and simulators (--world bfcl)
+    6. ACEBench, ToolACE   single-turn calls graded against an answer; dialogues as SFT data
 
 The paper (arXiv 2606.26027) trains on BFCL multi-turn: a user asks for things over several turns, the model calls
 tools, and the reward is 1 only if EVERY user turn ended in the right state with the right results, else 0. A message
@@ -17,14 +19,21 @@ without a complete call ends the user turn. This file holds that game, small eno
     user       ...                                                                 <- user turn 2
 """
 import ast
+import contextlib
+import copy
+import decimal
+import functools
+import importlib
 import inspect
 import json
 import random
 import re
+import sys
+import threading
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -265,13 +274,29 @@ class Task:
     category: str                                # base | miss_func | miss_param | long_context
     docs: dict                                   # {"create_file": "create_file(name, text)"}: the tools in the system message
     apps: list                                   # ["files", "mail"]
-    init_seed: str                               # the apps' initial state is drawn from this seed
+    init: object                                 # the apps' initial state: a seed that it is drawn from
     turns: list
     padded: bool = False                         # long_context: every tool result carries filler text
 
+    # A world is these five methods; Env and grading know no other difference between worlds.
+    def system(self, syntax):
+        return "\n".join(["You can call these tools:", *self.docs.values(), SYNTAX_HELP[syntax]])
+
     def fresh_apps(self):
-        rng = random.Random(self.init_seed)
+        rng = random.Random(self.init)
         return {app: APPS[app](rng) for app in self.apps}
+
+    def call(self, apps, name, args):
+        """-> what the model reads; raises whatever the tool raises"""
+        result = getattr(apps[TOOL_APP[name]], name)(**args)
+        text = result if isinstance(result, str) else json.dumps(result)
+        return f"{text}\n{FILLER}" if self.padded else text
+
+    def explain(self, error):
+        return f"Error: {type(error).__name__} {error}"
+
+    def state(self, app):
+        return vars(app)
 
 
 @dataclass
@@ -289,14 +314,15 @@ class Env:
     closing="lenient" (the paper): a message without a complete call ends the user turn, WHATEVER it holds. So the
         degenerate `<tool_call><|im_end|>` is worth as much as a good reply, and calls in turns whose ground truth is
         empty go unpunished.
-    closing="strict": a polluted, collapsed or empty message fails the episode, and so do calls where none is right."""
+    closing="strict": a polluted, collapsed or empty message fails the episode, and so do calls where none is right.
+    hide=False: withheld tools can be called before they are revealed (BFCL's own executor never hides them)."""
 
-    def __init__(self, task, syntax="A", closing="lenient"):
+    def __init__(self, task, syntax="A", closing="lenient", hide=True):
         assert syntax in ("A", "B") and closing in ("lenient", "strict"), (syntax, closing)
         self.task, self.syntax, self.closing = task, syntax, closing
         self.apps = task.fresh_apps()            # what the model's calls change
         self.truth = task.fresh_apps()           # the twin that the ground truth changes, one turn at a time
-        self.callable = set(task.docs)
+        self.callable = set(task.docs).union(*([] if hide else [turn.reveal for turn in task.turns]))
         self.turn = 0                            # index of the current user turn
         self.turn_calls = 0                      # complete calls in this user turn
         self.results = Counter()                 # every tool result so far, as a multiset of strings
@@ -305,8 +331,8 @@ class Env:
 
     def opening(self):
         """The first messages, [system, user], in chat-template form."""
-        system = "\n".join(["You can call these tools:", *self.task.docs.values(), SYNTAX_HELP[self.syntax]])
-        return [{"role": "system", "content": system}, {"role": "user", "content": self.task.turns[0].user}]
+        return [{"role": "system", "content": self.task.system(self.syntax)},
+                {"role": "user", "content": self.task.turns[0].user}]
 
     def step(self, message):
         """Message -> the text of the next user-role message, or None when the episode is over."""
@@ -337,30 +363,26 @@ class Env:
         if self.failed_turn is None:
             self.failed_turn = self.turn
 
-    def _call(self, apps, name, args):
-        if name not in self.callable:
-            raise NameError(f'there is no tool "{name}"')
-        result = getattr(apps[TOOL_APP[name]], name)(**args)
-        text = result if isinstance(result, str) else json.dumps(result)
-        return f"{text}\n{FILLER}" if self.task.padded else text
-
     def _run(self, call):
         if isinstance(call, str):
             return call                          # the block could not be read: its result is the error itself
         self.turn_calls += 1
         try:
-            result = self._call(self.apps, *call)
+            if call[0] not in self.callable:
+                raise NameError(f'there is no tool "{call[0]}"')
+            result = self.task.call(self.apps, *call)
         except Exception as error:               # the model's arguments can break a tool in any way; it gets to read how
-            return f"Error: {type(error).__name__} {error}"
+            return self.task.explain(error)
         self.results[result] += 1
         return result
 
     def _close_turn(self):
         """Grade the turn that ends here: same state in every app, and the ground truth's results among the model's."""
         calls = self.task.turns[self.turn].calls
-        needed = Counter(self._call(self.truth, *call) for call in calls)
+        needed = Counter(self.task.call(self.truth, *call) for call in calls)
         if calls:
-            same_state = all(vars(self.apps[a]) == vars(self.truth[a]) for a in self.apps)
+            state = self.task.state
+            same_state = all(state(self.apps[a]) == state(self.truth[a]) for a in self.apps)
             if not (self.turn_calls and same_state and needed <= self.results):
                 self._fail()
         elif self.closing == "strict" and self.turn_calls:
@@ -535,3 +557,368 @@ def _malformed(text, syntax, rng):
     if text.startswith(OPEN):
         return rng.choice(["", OPEN, text.removesuffix(f"\n{CLOSE}"), text.removeprefix(f"{OPEN}\n"), f"{OPEN}\n{text}"])
     return rng.choice(["", OPEN, f"{text}\n{OPEN}", f"{OPEN}\n{text}", f"{text}\n{CLOSE}"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. BFCL. The same game on real data: 800 stories (200 in each category, index i tells the same one in all four) and eight
+#    simulated APIs with 128 tools, all from the package bfcl-eval. Its own executor runs eval() on the model's text and keeps
+#    its objects in module globals; nothing of that is used here. (From here on nothing belongs to the tiny world: train.py
+#    names the cached base model by the source above this line.)
+BFCL_PACKAGES = "bfcl-eval==2026.3.23 mpmath==1.3.0"
+BFCL_CLASSES = ("GorillaFileSystem", "MathAPI", "MessageAPI", "TwitterAPI", "TicketAPI", "TradingBot", "TravelAPI",
+                "VehicleControlAPI")
+JSON_TYPES = {"dict": "object", "float": "number", "int": "integer", "tuple": "array", "list": "array", "str": "string",
+              "bool": "boolean", "any": "string"}
+
+
+@functools.cache
+def bfcl():
+    """The package, read once -> its data folder, {"MathAPI": class}, {"add": ("MathAPI", {"type": "function", ...})}"""
+    try:
+        config = importlib.import_module("bfcl_eval.constants.executable_backend_config")
+        modules = {name: importlib.import_module(config.CLASS_FILE_PATH_MAPPING[name]) for name in BFCL_CLASSES}
+    except ImportError as error:
+        raise UserError(f"--world bfcl needs two packages ({error}): pip install --no-deps {BFCL_PACKAGES}") from error
+    data = Path(importlib.import_module("bfcl_eval").__file__).parent / "data"
+    classes = {name: getattr(module, name) for name, module in modules.items()}
+    tools = {doc["name"]: (name, openai_doc(doc)) for name in BFCL_CLASSES for doc in
+             read_json_lines(data / "multi_turn_func_doc" / config.MULTI_TURN_FUNC_DOC_FILE_MAPPING[name])}
+    return data, classes, tools
+
+
+def read_json_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def openai_doc(doc):
+    """{"name", "description", "parameters": {"type": "dict", ...}, "response"} -> the tool as Qwen's templates are given it"""
+    def schema(s):
+        s = s | ({"type": JSON_TYPES.get(s["type"], s["type"])} if isinstance(s.get("type"), str) else {})
+        if isinstance(s.get("properties"), dict):                    # its keys are names, one of which may be "type"
+            s["properties"] = {name: schema(p) if isinstance(p, dict) else p for name, p in s["properties"].items()}
+        return s | ({"items": schema(s["items"])} if isinstance(s.get("items"), dict) else {})
+    function = {k: doc[k] for k in ("name", "description") if k in doc} | {"parameters": schema(doc.get("parameters") or {})}
+    return {"type": "function", "function": function}
+
+
+# As Qwen2.5's chat template writes it when it is given `tools`: Chat passes only plain messages through the template.
+QWEN_SYSTEM = """You are Qwen, created by Alibaba Cloud. You are a helpful assistant.
+
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{docs}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+BRACKET_SYSTEM = """You are given a question and a set of functions. Call what is needed to do what the user asks.
+If none of the functions fits, or a value that one of them needs is missing, say so.
+A message that calls functions holds nothing but the calls, in the form
+[func_name1(param_name1=value1, param_name2=value2), func_name2()]
+Go on until the user's request is done; a message without a call ends the turn.
+
+Here is a list of functions in JSON format that you can invoke.
+{docs}"""
+REVEALED = "I have updated some more functions you can choose from. What about now?"
+# What the demonstrations say; no reply is ever graded.
+DONE, NO_TOOL, NO_VALUE = ("Done.", "I am sorry, none of my functions can do that.",
+                           "Something is missing for that. Could you give me the missing value?")
+
+
+def tool_system(docs, syntax):
+    return {"A": QWEN_SYSTEM, "B": BRACKET_SYSTEM}[syntax].format(docs="\n".join(docs))
+
+
+@dataclass
+class BfclTask(Task):
+    """Task(id="multi_turn_base_0", category="base", docs={"ls": '{"type": "function", ...}'}, apps=["TwitterAPI", ...],
+    init={"TwitterAPI": {"username": ...}}, turns=[...], padded=False)"""
+
+    def system(self, syntax):
+        return tool_system(self.docs.values(), syntax)
+
+    def fresh_apps(self):
+        apps = {}
+        for name in self.apps:
+            apps[name] = bfcl()[1][name]()
+            if hasattr(apps[name], "_load_scenario"):                # all but MathAPI, which has no state
+                apps[name]._load_scenario(copy.deepcopy(self.init.get(name, {})), long_context=self.padded)
+        return copy.deepcopy(apps)               # without it, long_context's credit cards are one object in all episodes
+
+    def call(self, apps, name, args):
+        app, doc = bfcl()[2][name]
+        parameters = doc["function"]["parameters"]
+        args = coerce(args, parameters)          # a copy down to the last list: simulators keep and change what they are given
+        guard(args, parameters["properties"])
+        return run_tool(getattr(apps[app], name), args)
+
+    def explain(self, error):
+        return f"Error during execution: {error}"
+
+    def state(self, app):
+        return {k: v for k, v in vars(app).items() if not k.startswith("_")}
+
+
+def coerce(value, schema):
+    """coerce({"a": 5, "n": 2.0}, {... "a": number, "n": integer}) -> {"a": 5.0, "n": 2}, with new dicts and lists
+
+    Results are compared as strings, and "5" is not "5.0"; JSON does not distinguish the two. So both sides are written as
+    the documentation says. Nothing is rejected here: one ground truth has a string where an integer belongs."""
+    kind = schema.get("type")
+    if isinstance(value, dict):
+        return {k: coerce(v, schema.get("properties", {}).get(k, {})) for k, v in value.items()}
+    if isinstance(value, list):
+        return [coerce(v, schema.get("items", {})) for v in value]
+    if kind == "number" and type(value) is int:
+        return float(value)
+    return int(value) if kind == "integer" and type(value) is float and value.is_integer() else value
+
+
+# Why a call cannot hang. (1) `guard` keeps every single operation short: after `coerce` no number is an integer that could
+# grow, no text stands where a number belongs (mpmath reads "1e999999999" for minutes), digits are bounded. (2) What is left
+# is Python code running for long: directories can be made to contain themselves or to double at each level, and `find`
+# walks all paths. So Python lines are counted, by a trace function, and the one over the budget raises. Unlike signals
+# this works in any thread and inside code that ignores them; unlike a clock it stops the same call on every machine.
+MAX_DIGITS = {"precision": 1000, "decimal_places": 400}
+MAX_LINES = 200_000                              # 0.1 s; the longest call of all ground truths runs 11,000
+
+
+class TooLong(BaseException):
+    """Not an Exception: simulators catch those."""
+
+
+def guard(args, properties):
+    for key, value in args.items():
+        if key in MAX_DIGITS and not (type(value) is int and abs(value) <= MAX_DIGITS[key]):
+            raise ValueError(f"{key} must be an integer of at most {MAX_DIGITS[key]}")
+        if properties.get(key, {}).get("type") == "number" and not isinstance(value, float):
+            raise ValueError(f"{key} must be a number")
+
+
+@contextlib.contextmanager
+def line_budget(lines):
+    def count(frame, event, arg):
+        nonlocal lines
+        lines -= 1
+        if lines < 0:
+            raise TooLong
+        return count
+    before = sys.gettrace()                      # a debugger's, or None
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+# The simulators share process state: mpmath's precision, the decimal context, one weather report. And a result may be part of
+# an app's live state, so it becomes text before the lock is given back.
+LOCK = threading.Lock()
+
+
+def run_tool(method, args):
+    """A bound method and its arguments -> the result as BFCL writes it: text as it is, dicts as JSON, all else as Python"""
+    for p in inspect.signature(method).parameters.values():          # post_tweet(tags=[]): one default list for all calls
+        if p.name not in args and isinstance(p.default, (list, dict)):
+            args[p.name] = copy.deepcopy(p.default)
+    try:
+        with LOCK, decimal.localcontext(), importlib.import_module("mpmath").workdps(15), line_budget(MAX_LINES):
+            result = method(**args)
+            if isinstance(result, dict):
+                with contextlib.suppress(TypeError, ValueError):     # a Decimal, or a list that holds itself
+                    return json.dumps(result)
+            return str(result)
+    except TooLong:
+        raise TimeoutError("the call takes too long") from None
+
+
+def truth_call(text):
+    """"sort('a.txt')" -> ("sort", {"file_name": "a.txt"}): ground truth is Python text, literal arguments, some positional"""
+    node = ast.parse(text, mode="eval").body
+    app = bfcl()[2][node.func.id][0]
+    names = list(inspect.signature(getattr(bfcl()[1][app], node.func.id)).parameters)[1:]
+    args = dict(zip(names, map(ast.literal_eval, node.args)))
+    return node.func.id, args | {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+
+
+def _bfcl_task(entry, truth, category):
+    """One line of the questions, one line of the answers -> BfclTask"""
+    text = {name: json.dumps(doc, ensure_ascii=False) for name, (app, doc) in bfcl()[2].items()
+            if app in entry["involved_classes"]}
+    reveals = {int(t): names for t, names in entry.get("missed_function", {}).items()}
+    withheld = {name for names in reveals.values() for name in names}
+    task = BfclTask(entry["id"], category, {name: doc for name, doc in text.items() if name not in withheld},
+                    entry["involved_classes"], entry["initial_config"], [], category == "long_context")
+    for t, (messages, calls) in enumerate(zip(entry["question"], truth["ground_truth"], strict=True)):
+        user = messages[0]["content"] if messages else "\n".join([*(text[name] for name in reveals[t]), REVEALED])
+        reply = DONE if calls else NO_VALUE if category == "miss_param" else NO_TOOL
+        task.turns.append(Turn(user, [truth_call(call) for call in calls], reply, reveals.get(t, [])))
+    return task
+
+
+@functools.cache
+def _bfcl_category(category):
+    data = bfcl()[0]
+    name = f"BFCL_v4_multi_turn_{category}.json"
+    answers = {row["id"]: row for row in read_json_lines(data / "possible_answer" / name)}
+    return [_bfcl_task(entry, answers[entry["id"]], category) for entry in read_json_lines(data / name)]
+
+
+def bfcl_split(split, validation=20):
+    """"train" | "validation" | "test" -> story indices. The halves are the paper's, the same for every category; the last
+    `validation` stories of its training half are set aside, because the paper has none and looks at test tasks instead."""
+    order = list(range(200))
+    random.Random(42).shuffle(order)
+    return {"train": order[:100 - validation], "validation": order[100 - validation:100], "test": order[100:]}[split]
+
+
+def bfcl_tasks(split, category, n=None, validation=20):
+    """bfcl_tasks("train", "base", 3) -> [BfclTask, BfclTask, BfclTask]. long_context exists only in the test split."""
+    assert category in CATEGORIES and (category != "long_context" or split == "test"), (split, category)
+    stories = _bfcl_category(category)
+    return [stories[i] for i in bfcl_split(split, validation)][:n]
+
+
+def verdicts(task, syntax, messages):
+    """A conversation's Messages -> {"": 1.0, "_strict": 0.0}
+
+    ""       BFCL's own checker: what is called in turns without ground truth does not matter, nor how messages are written,
+             and a withheld tool answers before it is revealed. 800 of 800 ground truths pass.
+    _strict  none of that is forgiven. 799 pass: multi_turn_miss_func_49 needs its withheld tool too early."""
+    rewards = {}
+    for name, closing, hide in (("", "lenient", False), ("_strict", "strict", True)):
+        env = Env(task, syntax, closing, hide)
+        for message in messages:
+            if env.status is None:
+                env.step(message)
+        rewards[name] = env.grade().reward
+    return rewards
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Two more sources. ACEBench's `normal` entries: one request, one message, its calls compared with an answer; nothing runs.
+#    In brackets, as ACEBench asks, they are new in format and content; in tags only in content. ToolACE: dialogues for SFT.
+
+
+@dataclass
+class AceTask(Task):
+    """turns[0].calls holds the first answer; init holds all of them: [[("f", {"x": "1"}), ...], ...]"""
+    context: str = ""                            # "The current time is ...", or the user's profile
+    required: dict = field(default_factory=dict)  # {"f": ["x"]}
+
+    def system(self, syntax):
+        return "\n\n".join([tool_system(self.docs.values(), syntax)] + [self.context] * bool(self.context))
+
+    def fresh_apps(self):
+        return {}
+
+
+class AceEnv(Env):
+    def step(self, message):
+        if message.state == "cut":
+            return self.stop("message_limit")
+        if not any(ace_solved(message.calls, answer, self.task.required) for answer in self.task.init):
+            self._fail()
+        return self.stop("finished")
+
+
+def make_env(task, syntax, closing):
+    return (AceEnv if isinstance(task, AceTask) else Env)(task, syntax, closing)
+
+
+def ace_solved(calls, answer, required):
+    """ACEBench's rule: as many calls as the answer has, and for each call of the answer one that matches it. (Its checker also
+    compares the types of numbers and booleans but not their values; here they must be equal.)"""
+    def matches(call, name, wanted):
+        return (call[0] == name and set(required.get(name, [])) <= call[1].keys() <= wanted.keys()
+                and all(ace_equal(value, wanted[key]) for key, value in call[1].items()))
+    names = Counter(call[0] for call in calls if not isinstance(call, str))
+    return (len(calls) == len(answer) and names == Counter(name for name, _ in answer)
+            and all(any(matches(call, name, wanted) for call in calls) for name, wanted in answer))
+
+
+def ace_equal(value, wanted, inside=False):
+    """Texts without case, spaces and punctuation; the wanted one may be a part of what was said, except in lists (`inside`)."""
+    squash = lambda text: re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
+    if isinstance(wanted, str):
+        return isinstance(value, str) and (squash(value) == squash(wanted) if inside else squash(wanted) in squash(value))
+    if isinstance(wanted, dict):
+        return isinstance(value, dict) and value.keys() == wanted.keys() and all(ace_equal(value[k], wanted[k]) for k in wanted)
+    if isinstance(wanted, list):
+        return (isinstance(value, (list, tuple)) and len(value) == len(wanted)
+                and all(ace_equal(v, w, inside=True) for v, w in zip(value, wanted)))
+    return str(value).lower() == str(wanted).lower() if isinstance(wanted, bool) else value == wanted
+
+
+def acebench_tasks(folder, n=None):
+    """A folder with data_normal_*.json and possible_answer/ -> [AceTask], 823 of them in the English release"""
+    files = sorted(Path(folder).glob("data_normal_*.json"))
+    if not files:
+        raise UserError(f"--acebench {folder} has no data_normal_*.json; name ACEBench's folder data_all/data_en.")
+    tasks = []
+    for file in files:
+        truths = {row["id"]: row["ground_truth"] for row in read_json_lines(file.parent / "possible_answer" / file.name)}
+        for entry in read_json_lines(file):
+            truth = truths[entry["id"]]
+            answers = [[(re.sub(r"_\d+$", "", name), args) for name, args in a.items()]      # f_1, f_2: the same tool twice
+                       for a in (truth if isinstance(truth, list) else [truth])]
+            docs = {doc["name"]: doc for doc in entry["function"]}
+            text = {name: json.dumps({"type": "function", "function": doc}, ensure_ascii=False) for name, doc in docs.items()}
+            required = {name: doc.get("parameters", {}).get("required", []) for name, doc in docs.items()}
+            context = f"Character profile:\n{entry['profile']}" if "profile" in entry else entry.get("time", "")
+            turn = Turn("Conversation history 1..t:\n" + entry["question"], answers[0], DONE)
+            tasks.append(AceTask(entry["id"], "acebench", text, [], answers, [turn], False, context, required))
+    return tasks[:n]
+
+
+def _toolace_calls(text, names):
+    """'[Market Trends(kind="x")]' -> [("Market Trends", {"kind": "x"})]; None if it is not that. Such names are no Python, so
+    each one is replaced by an identifier before parsing."""
+    for i, name in enumerate(names):
+        text = text.replace(f"{name}(", f"tool_{i}_(")
+    calls = _bracket_calls(text)
+    if calls is None or not all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls):
+        return None
+    if re.search(r"tool_\d+_\(", str([args for _, args in calls])):    # a name was replaced inside a value
+        return None
+    return [(names[int(name[5:-1])], args) for name, args in calls]
+
+
+def _toolace_dialogue(row, syntax):
+    """-> [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}, ...], or None if it cannot be read"""
+    try:
+        docs, _ = json.JSONDecoder().raw_decode(row["system"], re.search(r'\[\s*\{\s*"', row["system"]).start())
+        names = sorted((doc["name"] for doc in docs), key=len, reverse=True)
+        text = [json.dumps(openai_doc(doc), ensure_ascii=False) for doc in docs]
+        messages = [{"role": "system", "content": tool_system(text, syntax)}]
+        for turn in row["conversations"]:
+            who, text = turn["from"], turn["value"]
+            if who == "assistant":
+                text = write_calls(_toolace_calls(text, names), syntax) if text.strip().startswith("[") else text.strip()
+                if syntax == "A" and parse(text).state not in ("call", "reply"):
+                    return None
+            messages.append({"role": "assistant" if who == "assistant" else "user",
+                             "content": f"<tool_response>\n{text}\n</tool_response>" if who == "tool" else text})
+    except (ValueError, TypeError, KeyError, AttributeError):        # a list of tools or a call that is not what it should be
+        return None
+    messages = messages[:len(messages) - (len(messages) % 2 == 0)]   # a last user message has no answer to learn
+    asked, said = messages[1::2], messages[2::2]
+    return messages if said and {m["role"] for m in asked} == {"user"} and {m["role"] for m in said} == {"assistant"} else None
+
+
+def read_toolace(path, syntax="A"):
+    """A JSON list or JSON lines of {"system": ..., "conversations": [{"from": "user", "value": ...}, ...]}
+    -> the dialogues with their bracket calls rewritten in `syntax`, and how many rows could not be read"""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sft_file {path} cannot be read ({error}); it must be ToolACE's JSON file.") from error
+    dialogues = [_toolace_dialogue(row, syntax) for row in rows]
+    return [d for d in dialogues if d], sum(d is None for d in dialogues)

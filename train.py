@@ -41,9 +41,13 @@ from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl
 from rollout import Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
 from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
 from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
-from tools import CATEGORIES, CONTROL, STATES, Env, UserError, make_tasks
+from tools import (BFCL_PACKAGES, CATEGORIES, CONTROL, STATES, BfclTask, Env, UserError, acebench_tasks, bfcl_tasks, make_env,
+                   make_tasks, parse, verdicts)
 
 SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous", "adaptive")
+# The defaults of --world bfcl: the paper's recipe, and all test tasks.
+BFCL_DEFAULTS = dict(steps=300, prompts=60, lr=1e-6, sft_lr=1e-5, kl_weight=1e-4, warmup=10, sft_batch=128, max_messages=30,
+                     max_message_tokens=2048, max_total_tokens=16_384, max_observation_tokens=1024, eval_tasks=1000)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Flags. Flag name = variable name; the defaults are the laptop recipe.
@@ -81,6 +85,8 @@ def parse_args(argv=None):
     g.add_argument("--burst_rows", type=int, default=64, help="adaptive: rows trained in a burst")
     g.add_argument("--sft_budget", type=int, default=384, help="adaptive: rows trained in all bursts together")
     g = p.add_argument_group("signals")
+    g.add_argument("--sft_file", default=None, metavar="FILE", help="sft: train on the dialogues of this ToolACE JSON file "
+                   "instead of the ground truth of the training tasks")
     g.add_argument("--ops_k", type=int, default=1, help="ops: ground-truth rollouts per group")
     g.add_argument("--ops_ratio", choices=("one", "shaped"), default="one", help="ops: their ratio is 1 before the first update "
                    "(as released), or p / (p + 0.1) (as the paper intends)")
@@ -117,6 +123,13 @@ def parse_args(argv=None):
                    "the rest again: less memory, about a third more time")
     g.add_argument("--device", default="auto", help="auto = cuda if there is one, else cpu")
     g = p.add_argument_group("world")
+    g.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="tiny = the embedded world; bfcl = BFCL's "
+                   f"multi-turn tasks (pip install --no-deps {BFCL_PACKAGES}), with the paper's values as defaults: "
+                   + ", ".join(f"--{k} {v}" for k, v in BFCL_DEFAULTS.items()))
+    g.add_argument("--validation", type=int, default=20, help="bfcl: stories of the 100 training ones that are set aside for "
+                   "the evaluation during training; test tasks are used only at the end and by --eval_only")
+    g.add_argument("--acebench", default=None, metavar="DIR", help="bfcl: evaluate on ACEBench's `normal` entries in this "
+                   "folder as well (ace_brackets = format- and content-OOD, ace_tags = content-OOD)")
     g.add_argument("--syntax", choices=("A", "B"), default="A", help="call syntax of training: A = <tool_call> JSON, "
                    "B = [f(a='x')]; the other one is the format-OOD evaluation")
     g.add_argument("--closing", choices=("lenient", "strict"), default="lenient", help="what a message without a complete "
@@ -183,6 +196,9 @@ def parse_args(argv=None):
     g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice; with "
                    "--engine vllm on a CPU, 1)")
     a = p.parse_args(argv)
+    if a.world == "bfcl":
+        p.set_defaults(**BFCL_DEFAULTS)
+        a = p.parse_args(argv)
 
     # Flags that cannot work are refused here, before anything is built or written.
     for name, least in dict(prompts=1, group=2, updates=1, train_tasks=3, eval_tasks=1, max_messages=1, max_message_tokens=1,
@@ -221,6 +237,14 @@ def parse_args(argv=None):
         p.error(f"--alarm {a.alarm} is not a metric of the probe; it has {', '.join(PROBED)}")
     if a.probe_every < 0 and (a.stop_on_alarm or a.schedule == "adaptive"):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
+    if a.world == "bfcl" and a.model == "tiny":
+        p.error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct; tiny knows only its own world")
+    if not 1 <= a.validation <= 99:
+        p.error(f"--validation {a.validation} must lie between 1 and 99")
+    if a.acebench and a.world != "bfcl":
+        p.error("--acebench goes with --world bfcl")
+    if a.sft_file and a.signal != "sft":
+        p.error(f"--sft_file goes with --signal sft, not {a.signal}")
     if a.signal == "prs" and a.group < 2:
         p.error("prs reflects on rollout 1 of each group, so --group must be at least 2")
     if a.correction != "none" and a.retokenize:
@@ -340,7 +364,8 @@ def load_policy(a, rank, device):
     name = a.model
     if name == "tiny":
         recipe = {k: v for k, v in vars(a).items() if k.startswith(("tiny_", "base_"))}
-        source = inspect.getsource(tools) + "".join(inspect.getsource(f) for f in (     # another world needs another base
+        world = inspect.getsource(tools).partition("\n# 5. BFCL.")[0].rpartition("\n# ---")[0]   # another world, another base
+        source = world + "".join(inspect.getsource(f) for f in (
             supervision.tiny_tokenizer, supervision.tiny_model, supervision.noisy_demonstrations, pretrain_tiny))
         name = f"runs/tiny-base-{zlib.crc32((json.dumps(recipe, sort_keys=True) + source).encode()):08x}"
         rank0_first(rank, lambda: None if Path(name).exists() else build_tiny(a, name))
@@ -503,29 +528,59 @@ def cut_log(path, step):
 # 5. Evaluation: greedy, on test tasks; all four categories, another app (content-OOD), the other syntax (format-OOD).
 
 
-def evaluation_sets(a):
-    """{"base": [(task, "A"), ...], ..., "content_ood": [...], "format_ood": [(task, "B"), ...]}"""
-    sets = {c: [(t, a.syntax) for t in make_tasks("test", c, a.eval_tasks)] for c in CATEGORIES}
-    sets["content_ood"] = [(t, a.syntax) for t in make_tasks("test", "base", a.eval_tasks, held_out=True)]
-    mixed = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.eval_tasks // 3))]
-    sets["format_ood"] = [(t, "B" if a.syntax == "A" else "A") for t in mixed[:a.eval_tasks]]
+def tasks_of(a, split, category, n):
+    """The first n tasks of the chosen world. tiny has no validation split: it draws as many tasks as one wants."""
+    if a.world == "bfcl":
+        return bfcl_tasks(split, category, n, a.validation)
+    return make_tasks("train" if split == "train" else "test", category, n)
+
+
+def evaluation_sets(a, split):
+    """{"base": [(task, "A"), ...], ..., "content_ood": [...], "format_ood": [(task, "B"), ...]}; of bfcl, long_context and
+    ACEBench (two sets in place of content_ood) exist only in the test split"""
+    other = "B" if a.syntax == "A" else "A"
+    categories = TRAIN_CATEGORIES if a.world == "bfcl" and split != "test" else CATEGORIES
+    sets = {c: [(t, a.syntax) for t in tasks_of(a, split, c, a.eval_tasks)] for c in categories}
+    if a.world == "tiny":
+        sets["content_ood"] = [(t, a.syntax) for t in make_tasks("test", "base", a.eval_tasks, held_out=True)]
+    n = len(sets["base"])
+    mixed = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, split, c, -(-n // 3))]
+    sets["format_ood"] = [(t, other) for t in mixed[:n]]
+    if a.acebench and split == "test":
+        entries = acebench_tasks(a.acebench, a.eval_tasks)
+        sets |= {"ace_brackets": [(t, "B") for t in entries], "ace_tags": [(t, "A") for t in entries]}
     return sets
 
 
 def evaluate(engine, chat, sets, a, rank, world):
     """-> {"base": .12, ..., "content_ood": .02, "format_ood": .2, "average": .10 (of the four categories), "average_clean": .08
-    (solved, and every message clean), "format_ood_clean": .15, ..., "state/call": .5, ...}"""
-    work = [(name, Env(task, syntax, a.closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
-    envs = [env for _, env in work]
-    episodes = rollout(engine, chat, envs, limits_of(a), [begin(chat, env) for env in envs], temperature=0.0)
-    done = gather([(name, e.reward, e.states) for (name, _), e in zip(work, episodes)])
-    result = {name: mean(r for n, r, _ in done if n == name) for name in sets}
-    result["average"] = mean(result[c] for c in CATEGORIES)
+    (solved, and every message clean), "format_ood_clean": .15, ..., "state/call": .5, ...}; of bfcl also "base_strict": .11, ...,
+    "average_strict": .09 (tools.verdicts)"""
+    closing = "lenient" if a.world == "bfcl" else a.closing          # both verdicts need the conversation to its end
+    work = [(name, make_env(task, syntax, closing)) for name, pairs in sets.items() for task, syntax in pairs][rank::world]
+    # as many conversations at a time as a training step has: the keys and values of all of bfcl's would fit nowhere
+    size, episodes = max(1, a.prompts * a.group // world) if a.world == "bfcl" else max(1, len(work)), []
+    for envs in ([env for _, env in work[i:i + size]] for i in range(0, len(work), size)):
+        episodes += rollout(engine, chat, envs, limits_of(a), [begin(chat, env) for env in envs], temperature=0.0)
+    done = gather([score for (name, env), e in zip(work, episodes) for score in judged(name, env, e)])
+    names = dict.fromkeys([*sets, *(name for name, _, _ in done)])
+    result = {name: mean(r for n, r, _ in done if n == name) for name in names}
     clean = {name: mean(r * is_clean(states) for n, r, states in done if n == name) for name in sets}
-    result |= {"average_clean": mean(clean[c] for c in CATEGORIES)}
-    result |= {f"{name}_clean": clean[name] for name in ("content_ood", "format_ood")}
+    for ending, scores in (("", result), ("_clean", clean)):
+        result[f"average{ending}"] = mean(scores[c] for c in CATEGORIES if c in sets)
+    if a.world == "bfcl":
+        result["average_strict"] = mean(result[f"{c}_strict"] for c in CATEGORIES if c in sets)
+    result |= {f"{name}_clean": clean[name] for name in ("content_ood", "format_ood") if name in sets}
     states = Counter(s for name, _, states in done if name in CATEGORIES for s in states)
     return result | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
+
+
+def judged(name, env, e):
+    """One finished conversation -> [("base", 1.0, states)]; of bfcl [("base", 1.0, states), ("base_strict", 0.0, states)]"""
+    if not isinstance(env.task, BfclTask):
+        return [(name, e.reward, e.states)]
+    messages = [parse(s.text, env.syntax, s.state != "cut") for s in e.spans if s.who == "model"]
+    return [(name + suffix, reward, e.states) for suffix, reward in verdicts(env.task, env.syntax, messages).items()]
 
 
 def limits_of(a):
@@ -553,7 +608,7 @@ def main(argv=None):
     n_params = sum(p.numel() for p in model.parameters())
     control_ids = [i for token, i in chat.tokenizer.get_added_vocab().items() if token in CONTROL]
     say(f"model: {start_from}, {n_params / 1e6:.2f} M parameters, {world} process(es) on {device}")
-    sets = evaluation_sets(a)
+    sets = evaluation_sets(a, "test" if a.eval_only else "validation")
     if a.eval_only:
         with sampling(engine := make_engine(a, model, chat), model):
             scores = evaluate(engine, chat, sets, a, rank, world)
@@ -567,13 +622,16 @@ def main(argv=None):
     reference = load_model(start_from, a, device)[0].eval().requires_grad_(False) if a.kl_weight > 0 else None
 
     # ---- data and signal --------------------------------------------------------------------------------------------
-    tasks = [t for c in TRAIN_CATEGORIES for t in make_tasks("train", c, -(-a.train_tasks // 3))][:a.train_tasks]
-    for task, syntax in [(t, a.syntax) for t in tasks] + sum(sets.values(), []):
+    tasks = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, "train", c, -(-a.train_tasks // 3))][:a.train_tasks]
+    test_sets = evaluation_sets(a, "test") if a.world == "bfcl" else {}       # looked at once, at the end of the run
+    for task, syntax in [(t, a.syntax) for t in tasks] + sum([*sets.values(), *test_sets.values()], []):
         if (length := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
             raise UserError(f"the prompt of {task.id} has {length} tokens, which leaves no room for an answer within "
                             f"--max_total_tokens {a.max_total_tokens}; raise it.")
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
-    shown = [t for c in TRAIN_CATEGORIES for t in make_tasks("test", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
+    if signal.note:
+        say(signal.note)
+    shown = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, "validation", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
     probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in shown] if rank == 0 and a.probe_every > 0 else []
     with gathered(model):
         at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
@@ -628,8 +686,13 @@ def main(argv=None):
         if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
             with sampling(engine, model):
                 scores = evaluate(engine, chat, sets, a, rank, world)
-            say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in (*CATEGORIES, "content_ood", "format_ood")))
+            say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in sets))
             append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
+        if step == last and test_sets:
+            with sampling(engine, model):
+                scores = evaluate(engine, chat, test_sets, a, rank, world)
+            say(table({"test": scores}))
+            append_line(out / "metrics.jsonl", {"step": step} | {f"test/{k}": v for k, v in scores.items()}, rank)
         if step > start and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
             weights, moments = whole_state(model, optimizer)
             anchor = get_model_state_dict(reference, options=WHOLE) if a.reanchor_kl else None
