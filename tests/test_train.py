@@ -367,8 +367,8 @@ def test_sharded_over_two_processes_is_one_process(folder):
 
 def test_bfloat16_compute_keeps_float32_masters(folder):
     args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4", "--eval_every", "-1"]
-    assert command(*args, "--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/half", cwd=folder).returncode == 0
+    assert command(*args, "--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/bf16", cwd=folder).returncode == 0
     assert train.cli([*args, "--out", "runs/full"]) == 0
-    losses = [[r["sft_loss"] for r in rows(out) if "sft_loss" in r] for out in ("runs/half", "runs/full")]
+    losses = [[r["sft_loss"] for r in rows(out) if "sft_loss" in r] for out in ("runs/bf16", "runs/full")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
-    assert all(v.dtype == torch.float32 for v in weights("runs/half").values())
+    assert all(v.dtype == torch.float32 for v in weights("runs/bf16").values())
