@@ -86,6 +86,14 @@ class Limits:
 # 2. Text <-> ids
 
 
+# Templates that only ever append, by name (--chat_template). Qwen3's own drops the thinking of earlier messages; without
+# thinking, what it samples behind is an EMPTY think block, which must then stand before every assistant message of the
+# history too, else the model is trained in contexts that it never sampled in.
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}THINK{% endif %}"
+          "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nTHINK{% endif %}")
+TEMPLATES = {"chatml": CHATML.replace("THINK", ""), "qwen3-no-think": CHATML.replace("THINK", "<think>\n\n</think>\n\n")}
+
+
 class Chat:
     """The chat template, taken apart once, so that a conversation can grow by appending ids.
 
@@ -117,7 +125,8 @@ class Chat:
                 and self._render(talk) == longer + said + longer[len(short):]):
             raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops their thinking, or "
                             "adds text that was not there when they were sampled), so sampled and trained tokens would "
-                            "differ; pass a template that only ever appends with --chat_template FILE.")
+                            "differ; pass a template that only ever appends with --chat_template FILE (for Qwen3: "
+                            "--chat_template qwen3-no-think).")
         before, after = longer[len(short):].split(user2)
         head, self.foot = self._encode(before), self._encode(after)
         self.end_id, self.head = head[0], head[1:]

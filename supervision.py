@@ -31,7 +31,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from rollout import Chat, Episode, Limits, begin, play, rollout, without_hint
+from rollout import TEMPLATES, Chat, Episode, Limits, begin, play, rollout, without_hint
 from sft_step import optimizer_step, sft_backward
 from tools import (APPS, ASKS, CATEGORIES, CONTROL, DOCS, TOOL_APP, Env, UserError, ask, demonstration, make_tasks,
                    noisy_demonstration, parse, read_toolace, write_calls)
@@ -405,8 +405,7 @@ SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs"
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. The embedded base model (--model tiny): a tokenizer and a Qwen2 decoder made from nothing, pre-trained by supervision
 #    alone, with the same demonstrations, environment and cross-entropy as every other SFT run here.
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = TEMPLATES["chatml"]
 
 
 def tiny_tokenizer():

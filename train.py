@@ -38,7 +38,7 @@ import tools
 from analyze_tokens import (PROBED, Alarm, is_clean, mean, one_line, probe, read_rows, rollout_metrics, summary, table,
                             token_classes, truth_logprobs)
 from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl_backward
-from rollout import Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
+from rollout import TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
 from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
 from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
 from tools import (BFCL_PACKAGES, CATEGORIES, CONTROL, STATES, BfclTask, Env, UserError, acebench_tasks, bfcl_tasks, make_env,
@@ -113,7 +113,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny = the embedded model (built and pre-trained at first use, then "
                    "cached); or a Hugging Face name or folder; or a run folder (its newest checkpoint)")
-    g.add_argument("--chat_template", default=None, metavar="FILE", help="Jinja file that replaces the model's chat template")
+    g.add_argument("--chat_template", default=None, metavar="FILE", help="replaces the model's chat template: a Jinja "
+                   "file, or one of " + ", ".join(TEMPLATES))
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
     g.add_argument("--shard", action="store_true", help="FSDP2: cut parameters, gradients and optimizer state into one piece per "
                    "process")
@@ -389,9 +390,9 @@ def load_model(name, a, device):
         raise UserError(f"cannot load the model {name}: {reason}; check --model (a folder with config.json, weights and "
                         "tokenizer files, or a Hugging Face name that this machine can download).") from error
     if a.chat_template:
-        if not Path(a.chat_template).is_file():
-            raise UserError(f"--chat_template {a.chat_template} is not a file.")
-        tokenizer.chat_template = Path(a.chat_template).read_text()
+        if a.chat_template not in TEMPLATES and not Path(a.chat_template).is_file():
+            raise UserError(f"--chat_template {a.chat_template} is not a file, nor one of {', '.join(TEMPLATES)}.")
+        tokenizer.chat_template = TEMPLATES.get(a.chat_template) or Path(a.chat_template).read_text()
     if a.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if a.shard:

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from rollout import Chat, Episode, HFEngine, Limits, Request, begin, play, rollout, transcript
+from rollout import TEMPLATES, Chat, Episode, HFEngine, Limits, Request, begin, play, rollout, transcript
 from tools import DOCS, Env, Task, Turn, UserError, demonstration, make_tasks, write_calls
 
 LIMITS = Limits(steps=20, message=64, total=1024, observation=256)
@@ -280,3 +280,20 @@ def test_cost_grows_with_new_tokens_only(model, chat):
 def test_transcript(chat):
     e = roll(chat, [chat.message(CHECK), chat.message("Done."), chat.message("Done.")])
     assert "model[call]  <tool_call>\n" in transcript(chat, e) and transcript(chat, e).count("model[reply]  Done.") == 2
+
+
+def test_qwen3_without_thinking_has_the_empty_block_in_sampled_and_trained_ids(tokenizer):
+    """Every assistant message of a conversation, sampled or demonstrated, stands behind an empty think block with mask 0."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATES["qwen3-no-think"]
+    chat = Chat(other)
+    e = roll(chat, [chat.message(CHECK), chat.message("Done."), chat.message(CHECK), chat.message("Done.")])
+    block = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert [chat.text(e.ids[:s.start]).endswith(block) for s in e.spans if s.who == "model"] == [True] * 4
+    assert chat.text(e.ids).count("<think>") == 4 and e.reward == 1
+    said = [chat.text([i]) for i, m in zip(e.ids, e.mask) if m]
+    assert "think" not in "".join(said)
+    env = Env(task())
+    assert play(chat, env, [[CHECK, "Done."]] * 2, LIMITS).ids == e.ids
+    messages = env.opening() + [{"role": "assistant", "content": CHECK}, {"role": "user", "content": "x"}]
+    assert chat._render(messages[:2]) + CHECK == chat._render(messages)[:len(chat._render(messages[:2]) + CHECK)]
