@@ -57,6 +57,11 @@ def read_rows(out):
     return rows
 
 
+def run_name(path):
+    """"runs/none-lr1e-3-kl0.01" -> "none-lr1e-3-kl0.01", "results/study/none-seed0.csv" -> "none-seed0" """
+    return Path(path).name.removesuffix(".csv").removesuffix(".jsonl")
+
+
 def smooth(rows, name, window=5):
     """-> steps, mean of the metric over the last `window` rows that have it"""
     rows = [r for r in rows if name in r]
@@ -74,7 +79,8 @@ def smooth(rows, name, window=5):
 #      close    where a call should close                              legal: </tool_call>
 #      last     where the message should end                           legal: the end token
 SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
-LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right
+LEGAL = {"open": "call", "close": "close", "end": "last", "start": None}        # `start`, <|im_start|>, is never right; in
+                                                                                # syntax B, neither are `open` and `close`
 PROBED = (*(f"p/{c}|{s}" for c in (*LEGAL, "json", "content") for s in SLOTS), *(f"p/{c}|off" for c in LEGAL),
           "p/short_circuit", "p/calls_exact", "p/log_likelihood", "p/moved")
 
@@ -91,12 +97,12 @@ def token_classes(chat):
 def slots(chat, row):
     """A ground-truth Episode -> [(position, slot)] of every token that the assistant says; the logits that predict it stand
     one position before."""
-    close, out = chat.tokenizer.get_added_vocab()[CLOSE], []
+    added, out = chat.tokenizer.get_added_vocab(), []
     for s in row.spans:
         for t in range(s.start, s.end) if s.who == "model" else ():
             is_call = s.state == "call"
             out.append((t, ("call" if is_call else "text") if t == s.start else "last" if t == s.end - 1 else
-                        "close" if row.ids[t] == close else "open" if is_call and t == s.start + 1 else
+                        "close" if row.ids[t] == added[CLOSE] else "open" if row.ids[t - 1] == added[OPEN] else
                         "in_call" if is_call else "in_text"))
     return out
 
@@ -107,8 +113,9 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
 
       p/CLASS|SLOT       mean probability of the class (open, close, end, start, json, content) in that kind of slot:
                          p/open|text  is P(<tool_call>) where text should begin; p/open|call is healthy near 1
-      p/CLASS|off        the same over ALL slots where that control token is not legal
-      p/short_circuit    p/open|text * p/end|open: the probability of the collapsed message in a place for text
+      p/CLASS|off        the same over ALL places where another token is right
+      p/short_circuit    p/open|text * p/end|open, a stand-in for the probability of the collapsed message (the second factor is
+                         measured behind the tag in places for a call, since no ground truth has a tag in a place for text)
       p/calls_exact      share of ground-truth calls whose every token is the model's first choice: can it still use tools?
       p/log_likelihood   mean log p of the ground truth
       p/moved            with `start` (truth_logprobs of the model that the run started from): mean |log p - log p_start|"""
@@ -131,7 +138,7 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
         for (b, t, slot), ok, values in zip(where, right, p):
             for name, value in [*zip(classes, values), ("content", 1 - sum(values))]:
                 total.setdefault(f"p/{name}|{slot}", []).append(value)
-                if name in LEGAL and slot != LEGAL[name]:
+                if name in LEGAL and batch[b].ids[t] not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
             if slot in ("call", "text"):
                 begun = t
@@ -140,10 +147,10 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
             elif (b, begun) in ok_calls:
                 ok_calls[b, begun] &= ok
         exact += ok_calls.values()
-    out = {name: mean(total.get(name, [])) for name in PROBED if "|" in name}
+    out = {name: mean(total[name]) for name in PROBED if name in total}          # syntax B has no slots `open` and `close`
     if start:
         out["p/moved"] = mean(abs(now - before) for now, before in zip(log_likelihood, start, strict=True))
-    return out | {"p/short_circuit": out["p/open|text"] * out["p/end|open"], "p/calls_exact": mean(exact),
+    return out | {"p/short_circuit": out["p/open|text"] * out.get("p/end|open", 0.0), "p/calls_exact": mean(exact),
                   "p/log_likelihood": mean(log_likelihood)}
 
 
@@ -163,13 +170,13 @@ def is_clean(states):
 
 
 def rollout_metrics(done):
-    """[(group id, reward, states, status, sampled tokens, source)] of all ranks -> the metrics of one batch of rollouts.
-    Ground truth in the group counts for mixed_groups, because it takes part in the advantage, and for nothing else."""
+    """[(group id, reward, states, status, sampled tokens, source, credit)] of all ranks -> the metrics of one batch of rollouts.
+    Ground truth and hinted rollouts count for mixed_groups, because they take part in the advantage, and for nothing else."""
     groups = {}
-    for group, reward, *_ in done:
-        groups.setdefault(group, []).append(reward)
-    mixed = mean(len(set(rewards)) > 1 for rewards in groups.values())           # the others teach nothing
-    done = [d for d in done if d[5] != "truth"]
+    for group, *_, credit in done:
+        groups.setdefault(group, set()).add(credit)
+    mixed = mean(len(credits) > 1 for credits in groups.values())                # the others teach nothing
+    done = [d for d in done if d[5] == "policy"]
     states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
     return {"reward": mean(d[1] for d in done), "reward_clean": mean(d[1] * is_clean(d[2]) for d in done),
             "mixed_groups": mixed,
@@ -198,8 +205,8 @@ class Alarm:
             self.first.append(value)
             return self.on
         limit = self.factor * mean(self.first)
-        against = value > limit if not self.on else value < limit / 2        # a value that speaks for a change
-        self.run = self.run + 1 if against else 0
+        wants_change = value < limit / 2 if self.on else value > limit
+        self.run = self.run + 1 if wants_change else 0
         if self.run == self.checks:
             self.on, self.run = not self.on, 0
         return self.on
@@ -272,7 +279,8 @@ def summary(out):
         for name, meaning in (("p/open|text", "P(<tool_call> where text should begin)"),
                               ("p/end|open", "P(end right after <tool_call>)"),
                               ("p/calls_exact", "ground-truth calls that are the model's first choice, token by token")):
-            text.append(f"{probes[0][name]:.4f} -> {probes[-1][name]:.4f}   {meaning}")
+            if name in probes[0]:                # syntax B has no tag to end behind
+                text.append(f"{probes[0][name]:.4f} -> {probes[-1][name]:.4f}   {meaning}")
     return "\n".join(text)
 
 
@@ -303,7 +311,7 @@ def table_row(path, window=5):
     if not all(curves):
         raise UserError(f"{path} has fewer than {window} RL steps; a table row needs them.")
     steps = [found["step"] if (found := collapse(rows, window, name)) else "no" for name in ("reward", "reward_clean")]
-    return (f"| {Path(path).stem} | " + " | ".join(f"{c[0]:.2f}, {max(c):.2f}, {c[-1]:.2f}" for c in curves)
+    return (f"| {run_name(path)} | " + " | ".join(f"{c[0]:.2f}, {max(c):.2f}, {c[-1]:.2f}" for c in curves)
             + f" | {f'{probes[0]:.3f}, {max(probes):.3f}' if probes else '–'} | {steps[0]}, {steps[1]} |")
 
 
@@ -335,6 +343,11 @@ def played(model, chat, tasks, syntax, closing, limits, temperature=0.0, rule=No
     engine.rule = rule
     begun = [begin(chat, env, g) for g, env in enumerate(envs)]
     return rollout(engine, chat, envs, limits, begun, seed=(0,), temperature=temperature)
+
+
+def truths(chat, tasks, syntax, limits):
+    """-> the ground truth of the tasks as Episodes"""
+    return [play(chat, Env(task, syntax), demonstration(task, syntax), limits) for task in tasks]
 
 
 def two_rules(chat):
@@ -392,10 +405,10 @@ class Swapped:
 @torch.no_grad()
 def knows(model, chat, tasks, syntax, limits):
     """Teacher-forced: with the ground truth up to a point given, is every further token of the call (up to its last brace,
-    without the closing tag) the model's first choice? -> shares for the points [<tool_call>, the name's start, its end]"""
+    without the closing tag) the model's first choice? -> shares for the points [<tool_call>, the name's start, its end];
+    syntax B has no tag, so its first point is the message's beginning"""
     hits = []
-    for task in tasks:
-        row = play(chat, Env(task, syntax), demonstration(task, syntax), limits)
+    for row in truths(chat, tasks, syntax, limits):
         logits = model(torch.tensor([row.ids], device=model.device)).logits[0]                       # [T, V]
         for s in row.spans:
             if s.state != "call":
@@ -403,17 +416,18 @@ def knows(model, chat, tasks, syntax, limits):
             name = parse(s.text, syntax).calls[0][0]
             lengths = [len(chat.text(row.ids[s.start:t + 1])) for t in range(s.start, s.end)]         # characters said by t
             stop = max(s.text.rfind("}"), s.text.rfind(")")) + 1
-            ok = {t: bool(logits[t - 1].argmax() == row.ids[t]) for t in range(s.start + 1, s.end)
-                  if lengths[t - s.start - 1] < stop}
-            points = (0, s.text.index(name), s.text.index(name) + len(name))
-            hits.append([all(right for t, right in ok.items() if lengths[t - s.start - 1] >= point) for point in points])
+            ok = {t: bool(logits[t - 1].argmax() == row.ids[t]) for t in range(s.start, s.end)
+                  if t == s.start or lengths[t - s.start - 1] < stop}
+            points = (len(OPEN) if s.text.startswith(OPEN) else 0, s.text.index(name), s.text.index(name) + len(name))
+            hits.append([all(right for t, right in ok.items() if lengths[t - s.start] > point) for point in points])
     return [mean(column) for column in zip(*hits)]
 
 
 def repaired(model, chat, tasks, syntax, limits, steps, lr, score, only=None):
     """A copy of the model, `steps` cross-entropy steps on 32 ground-truth conversations each -> score(copy).
     only: train only where these token ids stand."""
-    model, rows = copy.deepcopy(model).train(), [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks]
+    model, rows = copy.deepcopy(model).train(), truths(chat, tasks, syntax, limits)
+    random.Random("repair").shuffle(rows)        # tasks come sorted by category
     for row in rows if only else ():
         row.mask = [m * (i in only) for m, i in zip(row.mask, row.ids)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
@@ -452,9 +466,8 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
     score = lambda *args, **kw: mean(e.reward * is_clean(e.states) for e in play_all(*args, **kw))
     added = chat.tokenizer.get_added_vocab()
     control = sorted({added[token] for token in CONTROL if token in added} | {chat.end_id})
-    said = sorted({i for t in train for r in [play(chat, Env(t, syntax), demonstration(t, syntax), limits)]
-                   for i, m in zip(r.ids, r.mask) if m} - set(control))
-    draws = [random.Random(f"swap {k}").sample(said, len(control)) for k in range(3)]
+    said = Counter(i for r in truths(chat, train, syntax, limits) for i, m in zip(r.ids, r.mask) if m and i not in control)
+    others = [i for i, _ in said.most_common(len(control))]          # the hardest comparison: as many, and said more often
     out = {}
 
     def note(name, value):
@@ -473,9 +486,9 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
                 note(f"{who}: teacher-forced, syntax {s}, calls right from {point} on", value)
     note("model, two rules (no end after <tool_call>, no <tool_call> inside text)", score(model, rule=two_rules(chat)))
     note("model, control tokens decided by base", score(Swapped(model, base, control)))
-    note("model, as many other tokens decided by base (mean of 3 draws)", mean(score(Swapped(model, base, d)) for d in draws))
+    note("model, the most frequent other tokens decided by base", score(Swapped(model, base, others)))
     note("base, control tokens decided by model", score(Swapped(base, model, control)))
-    note("base, as many other tokens decided by model (mean of 3 draws)", mean(score(Swapped(base, model, d)) for d in draws))
+    note("base, the most frequent other tokens decided by model", score(Swapped(base, model, others)))
     patched = copy.deepcopy(model)
     with torch.no_grad():
         patched.get_output_embeddings().weight[control] = base.get_output_embeddings().weight[control]
@@ -488,9 +501,9 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
     moved = (model.get_output_embeddings().weight - base.get_output_embeddings().weight).detach().norm(dim=-1)      # [V]
     for token in (OPEN, CLOSE, chat.text([chat.end_id])):
         note(f"drift of the output row of {token}, in medians of all rows", (moved[added[token]] / moved.median()).item())
-    rows = [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks]
-    for token, before, after in risers(model, base, chat, rows):
-        note(f"misplaced {token!r}: mean probability, base {before:.4f}", after)
+    out["risers"] = risers(model, base, chat, truths(chat, tasks, syntax, limits))
+    for token, before, after in out["risers"]:
+        print(f"{after:8.3f}   mean probability of {token!r} where it does not belong; base {before:.4f}")
     return out
 
 
@@ -499,7 +512,7 @@ def probe_text(path, n_tasks=30):
     model, chat, flags = load(path)
     syntax, limits = flags.get("syntax", "A"), Limits(20, 1024, 4096, 256)
     tasks = [t for c in CATEGORIES[:3] for t in make_tasks("test", c, -(-n_tasks // 3))][:n_tasks]
-    p = probe(model, chat, [play(chat, Env(t, syntax), demonstration(t, syntax), limits) for t in tasks])
+    p = probe(model, chat, truths(chat, tasks, syntax, limits))
     lines = [" " * 8 + "".join(f"{slot:>11s}" for slot in (*SLOTS, "off"))]
     for c in (*LEGAL, "json", "content"):
         lines.append(f"{c:8s}" + "".join(f"{p[f'p/{c}|{s}']:10.2e}{'*' if LEGAL.get(c) == s else ' '}" if f"p/{c}|{s}" in p else ""
@@ -529,7 +542,7 @@ def draw(paths, png):
                              height_ratios=[1, 1.4, 1, 0.8])
     for (top, middle, spike, far), path in zip(axes.T, paths):
         rows = read_rows(path)
-        rolled, found = [r for r in rows if "reward" in r], collapse(rows)
+        rolled, found = [r for r in rows if "reward" in r], collapse(rows) or collapse(rows, name="reward_clean")
         top.plot(*smooth(rows, "reward"), "k-", label="task reward")
         top.plot(*smooth(rows, "reward_clean"), "k--", lw=1, label="... and every message clean")
         middle.stackplot([r["step"] for r in rolled], [[r[f"state/{s}"] for r in rolled] for s in STATES], labels=STATES,
@@ -547,7 +560,7 @@ def draw(paths, png):
                 top.plot(r["step"], 0, "k^", ms=4, clip_on=False)
         for ax in (top, middle, spike, far) if found else ():
             ax.axvline(found["step"], color="black", ls=":", lw=1.2)
-        top.set_title(f"{Path(path).stem}{': collapse at step ' + str(found['step']) if found else ''}", fontsize=9)
+        top.set_title(run_name(path) + (f": collapse at step {found['step']}" if found else ""), fontsize=9)
         far.set_xlabel("step")
     for ax, label in zip(axes[:, 0], ("reward (mean of 5 steps)\n^ = an SFT phase", "share of messages",
                                       "P(<tool_call>)\nwhere text should begin", "mean change of log p\n(ground truth, nats)")):
@@ -576,7 +589,7 @@ def heat(path, png):
     for ax in axes[1]:
         ax.set_xlabel("step")
     fig.colorbar(image, ax=axes, label="log10 of the mean probability")
-    fig.suptitle(f"{Path(path).stem}: what the model would say where, along the ground truth", fontsize=9)
+    fig.suptitle(f"{run_name(path)}: what the model would say where, along the ground truth", fontsize=9)
     fig.savefig(png, dpi=110)
     plt.close(fig)
 
@@ -587,11 +600,12 @@ def pages(out, count=8):
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder.")
     by_step = {}
-    for line in path.read_text().splitlines():
-        e = json.loads(line)
+    for e in read_rows(path):
         odd = sum(s not in ("call", "reply") for s in e["states"]) / len(e["states"])
         if odd >= by_step.get(e["step"], (-1, None))[0]:
             by_step[e["step"]] = odd, e
+    if not by_step:
+        raise UserError(f"{path} is empty: a run without RL steps has no conversations.")
     steps = sorted(by_step)
     text = [f"# {Path(out).name}: conversations from the first step to the last"]
     for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
@@ -626,7 +640,9 @@ def main(argv=None):
                 print(f"== {out}")
                 found[str(out)] = autopsy(out, a.autopsy, a.autopsy_tasks)
             elif a.plot or a.heat:
-                drawn += [out] if [r for r in read_rows(out) if "reward" in r and "state/call" in r] else []
+                if a.plot and not any("reward" in r for r in read_rows(out)):
+                    raise UserError(f"{out} has no RL steps to draw.")
+                drawn.append(out)
             elif a.transcripts:
                 print(pages(out), end="\n\n")
             elif a.markdown:

@@ -123,12 +123,14 @@ def kl_penalty(logp, ref, kind="k3"):
 
 
 def pressure(adv, p, target, malformed, ids):
-    """Where does the push on a control token's logit come from? The policy gradient (ratio 1) moves logit k at place t by
+    """Where does the push on a control token's logit come from? The policy gradient (at ratio 1 and without clipping: exactly
+    that of a step's first update) moves logit k at place t by
 
         d/dlogit_k  A_t log p(x_t)  =  A_t (1[x_t = k] - p_t(k))
 
     so a token is pushed where it was sampled, by A (1 - p), and where something else was sampled, by -A p: a NEGATIVE
-    advantage on other tokens raises it too. adv, target [N], malformed [N] (the token's message is not clean), p [N, K]
+    advantage on other tokens raises it too. The sums run over ALL places, right and wrong ones: what stood there in the
+    ground truth is not known of a rollout. adv, target [N], malformed [N] (the token's message is not clean), p [N, K]
     -> [K, 4] sums over the tokens:   sampled in a clean message | sampled in a malformed one | not sampled, A > 0 | A < 0"""
     k = target[:, None] == torch.tensor(ids, device=target.device)                                   # [N, K]
     g, a = adv[:, None] * (k.float() - p), adv[:, None]                                              # [N, K], [N, 1]

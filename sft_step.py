@@ -60,8 +60,8 @@ def _logp_chunk(hidden, weight, target, watch):
 
 
 def trunk(model, ids):
-    """ids [B, T] -> hidden states [B, T, D] and the output layer's weights [V, D]: the model without its logits"""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state, model.get_output_embeddings().weight
+    """ids [B, T] -> hidden states [B, T, D]: the model without its logits"""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def token_logprobs(model, rows, chunk=2048, watch=()):
@@ -79,7 +79,8 @@ def token_logprobs(model, rows, chunk=2048, watch=()):
     ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows], device=device)            # [B, T]
     mask = torch.tensor([r.mask + [0] * (width - len(r.mask)) for r in rows], device=device).bool()  # [B, T]
     assert not mask[:, 0].any(), "the first token of a row has nothing before it to be predicted from"
-    hidden, weight = model.trunk(ids) if is_sharded(model) else trunk(model, ids)                    # [B, T, D], [V, D]
+    hidden = model.trunk(ids) if is_sharded(model) else trunk(model, ids)                            # [B, T, D]
+    weight = model.get_output_embeddings().weight                                                    # [V, D]
     hidden = hidden[:, :-1][mask[:, 1:]]                                                             # [N, D]
     target = ids[:, 1:][mask[:, 1:]]                                                                 # [N]
     row = torch.arange(len(rows), device=device)[:, None].expand(-1, width - 1)[mask[:, 1:]]         # [N]
@@ -130,12 +131,13 @@ def optimizer_step(model, optimizer, max_norm, loss=0.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; a layer is whole only
-# while it computes. Per rank: 16 bytes per parameter / ranks (fp32 master, gradient, two moments) + one layer in bf16.
+# FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; during an update a layer
+# is whole only while it computes. Per rank: 16 bytes per parameter / ranks (fp32 master, gradient, two moments), and in the
+# update one layer and the embedding in compute_dtype; while sampling with --engine hf, and while probing, the whole model.
 
 
 def shard(model, device, compute_dtype):
-    """Cuts the model up in place, from the CPU to the device layer by layer, so that no GPU ever holds all of it. The masters keep
+    """Cuts the model up in place, from the CPU to the device layer by layer, so that no GPU has to hold all of it. The masters keep
     their dtype (float32); forward and backward run in compute_dtype."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
@@ -154,17 +156,17 @@ def is_sharded(model):
 
 
 @contextmanager
-def gathered(*models):
+def gathered(model):
     """Inside, the parameters are whole on every rank, in compute_dtype: for sampling and probing, where each rank makes as many
     passes as its own conversations need. (A gather inside such a pass would wait forever for ranks that are done.)"""
-    parts = [m for model in models for m in model.modules() if isinstance(m, FSDPModule)]
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     yield
     for m in parts:
         m.reshard()
-        m.set_reshard_after_forward(m not in models, recurse=False)  # the root stays whole until its backward: token_logprobs
+        m.set_reshard_after_forward(m is not model, recurse=False)   # the root stays whole until its backward: token_logprobs
                                                                      # uses the output weights after the forward pass
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered tensor by tensor onto rank 0's CPU
@@ -182,7 +184,8 @@ def in_step(batches, *models):
     if models:
         dist.all_reduce(most, dist.ReduceOp.MAX)
     yield from batches
-    for model in models * (most.item() - len(batches)):
-        logp, *_ = token_logprobs(model, [Padding])
-        if logp.requires_grad:
-            (0.0 * logp.sum()).backward()
+    for _ in range(most.item() - len(batches)):
+        logps = [token_logprobs(model, [Padding])[0] for model in models]    # in a real batch's order: all forward passes,
+        for logp in logps:                                                   # then the backward one; else ranks would gather
+            if logp.requires_grad:                                           # different models at the same moment, and hang
+                (0.0 * logp.sum()).backward()

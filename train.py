@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -234,8 +234,11 @@ def parse_args(argv=None):
     if a.schedule == "interleaved" and a.signal in ("ets", "prs") and a.ets_window > min(phases(a)[:-1], default=a.ets_window):
         p.error(f"--ets_window {a.ets_window} is longer than the shortest RL phase before an SFT phase "
                 f"({min(phases(a)[:-1])} steps); lower it, or raise --steps")
-    if a.alarm not in PROBED:
-        p.error(f"--alarm {a.alarm} is not a metric of the probe; it has {', '.join(PROBED)}")
+    if a.alarm not in PROBED or a.alarm.endswith(("calls_exact", "log_likelihood", "moved")):
+        p.error(f"--alarm {a.alarm} is not one of the probe's probabilities: "
+                + ", ".join(name for name in PROBED if "|" in name or name.endswith("circuit")))
+    if a.schedule == "adaptive" and a.sft_budget < a.burst_rows:
+        p.error(f"--sft_budget {a.sft_budget} does not pay for one burst of --burst_rows {a.burst_rows}; raise it")
     if a.probe_every < 0 and (a.stop_on_alarm or a.schedule == "adaptive"):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
     if a.world == "bfcl" and a.model == "tiny":
@@ -411,7 +414,7 @@ def sampling(engine, model):
     """Inside, the engine samples from the weights of this moment, never from older ones: vLLM from its own copy of them (and
     outside it sleeps), HFEngine from the model itself, which must then be whole on every rank."""
     engine.load(model)
-    with gathered(*[model] * isinstance(engine, HFEngine)):
+    with gathered(model) if isinstance(engine, HFEngine) else nullcontext():
         yield
     engine.sleep()
 
@@ -493,7 +496,7 @@ def save_checkpoint(out, step, model, tokenizer, weights, state, keep):
 
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "probe_every", "probe_tasks", "keep", "threads", "device",
+FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "device",
                   "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache",
                   "gap_alarm", "kv_cache_gb"}
 
@@ -633,7 +636,8 @@ def main(argv=None):
     if signal.note:
         say(signal.note)
     shown = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, "validation", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
-    probe_rows = [demonstrate(chat, t, a, limits_of(a)) for t in shown] if rank == 0 and a.probe_every > 0 else []
+    wide = Limits(10**3, 10**6, 10**6, a.max_observation_tokens)         # the probe samples nothing, so no limit need cut it
+    probe_rows = [demonstrate(chat, t, a, wide) for t in shown] if rank == 0 and a.probe_every > 0 else []
     with gathered(model):
         at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
     alarm = Alarm(a.alarm_factor, a.alarm_checks)
@@ -676,6 +680,8 @@ def main(argv=None):
         if probed:
             with gathered(model):
                 row = rank0_first(rank, lambda: probe(model, chat, probe_rows, a.micro_tokens, classes=classes, start=at_start))
+            if a.alarm not in row:
+                raise UserError(f"--alarm {a.alarm} is about a place that --syntax {a.syntax} does not have; choose another.")
             rang = alarm.on
             if alarm.update(row[a.alarm]) and not rang:
                 say(f"step {step:4d}  ALARM: {a.alarm} is {row[a.alarm]:.3g}, at first {mean(alarm.first):.3g}")
@@ -706,8 +712,8 @@ def main(argv=None):
 
         # ---- the schedule: which parts has this step, and did the phase just change? ------------------------------------
         affordable = n["rows"] + a.burst_rows <= a.sft_budget
-        fire = probed and affordable and (alarm.on if a.trigger == "alarm" else step in random_bursts(a))
-        parts, began = what(step, a, fire), time.time()
+        due = alarm.on if a.trigger == "alarm" else step in random_bursts(a)
+        parts, began = what(step, a, fire=probed and affordable and due), time.time()
         row = {"step": step, "phase": "+".join(parts), "skipped_updates": 0}
         if row["phase"] != n["phase"]:
             if a.fresh_optimizer:
@@ -715,7 +721,8 @@ def main(argv=None):
             if a.reanchor_kl and "rl" in parts:
                 reference.load_state_dict(model.state_dict())
             n["phase"], n["since_switch"] = row["phase"], 0
-        warm = min(1.0, ((n["since_switch"] if a.rewarm else n["rl_steps" if "rl" in parts else "sft_steps"]) + 1) / a.warmup)
+        updated = n["since_switch"] if a.rewarm else n["rl_steps"] if "rl" in parts else n["sft_steps"]
+        warm = min(1.0, (updated + 1) / a.warmup)
 
         if "phase" in parts:
             # ---- a whole SFT phase: epochs over the rows that the signal has now, warm-up, then cosine ------------------
@@ -743,7 +750,8 @@ def main(argv=None):
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
             with sampling(engine, model):
                 episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
-            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source) for e in episodes]))
+            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source, credit(e, a, step))
+                                           for e in episodes]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
             if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order
                 signal.observe(step, sorted(gather(episodes), key=lambda e: (e.group_id, e.sample)))

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from analyze_tokens import Alarm, collapse, mean, pyplot, read_rows, smooth  # noqa: E402
+import train  # noqa: E402
 from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
@@ -75,13 +77,12 @@ def flags_of(name, seed, out):
 
 
 def finished(out):
-    """Has the run written its last checkpoint, that of its closing evaluation?"""
-    latest = Path(out) / "checkpoints" / "latest"
+    """Has the run written its last checkpoint?"""
+    latest, config = Path(out) / "checkpoints" / "latest", Path(out) / "config.json"
     if not latest.exists():
         return False
-    evaluated = [r["step"] for r in read_rows(out) if "eval/average" in r]
-    return len(evaluated) >= 2 and latest.read_text().strip() == f"step-{evaluated[-1]}" and not any(
-        "phase" in r for r in read_rows(out) if r["step"] >= evaluated[-1])
+    last = train.total_steps(argparse.Namespace(**json.loads(config.read_text())))
+    return latest.read_text().strip() == f"step-{last}"
 
 
 def pack(out, path, final=None):
@@ -128,14 +129,18 @@ def run_one(name, seed):
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
         "adaptive", "random_time", "ets_sync", "retokenize")
 CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
-DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/short_circuit", "p/moved", "state/polluted", "entropy",
-             "kl_sampler", "grad_norm")
+DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
+             "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
 
 
 def runs(name):
-    """-> [rows of seed 0, rows of seed 1, ...] of what is packed"""
-    return [read_rows(p) for p in sorted((HERE / "study").glob(f"{name}-seed*.csv"))]
+    """-> [rows of each seed] of what is packed"""
+    return [read_rows(HERE / "study" / f"{name}-seed{seed}.csv") for seed in seeds(name)]
+
+
+def seeds(name):
+    return [s for s in range(RECIPES[name][1]) if (HERE / "study" / f"{name}-seed{s}.csv").exists()]
 
 
 def late(rows, *names, n=10):
@@ -215,50 +220,61 @@ def rings(rows, name, factor):
     return next((step for step, value in series(rows, name) if alarm.update(value)), None)
 
 
-ALARM_RUNS = tuple(name for name in RECIPES if "adaptive" not in name and name not in ("sft", "random_time"))
+ALARM_RUNS = tuple(name for name, (flags, _) in RECIPES.items() if "--signal" not in flags)      # nothing treats the patient
 
 
-def alarm_table(names=ALARM_RUNS):
-    """Every run without an adaptive schedule: did the clean reward halve for good (the fall)? Did the alarm ring before?
-    A cell: falls announced, median lead in steps, runs without a fall in which it rang all the same"""
-    done = [rows for name in names for rows in runs(name)]
-    events = [found["step"] if (found := collapse(rows, name="reward_clean", share=0.5)) else None for rows in done]
-    falls_, quiet = sum(e is not None for e in events), events.count(None)
-    lines = [f"| metric | " + " | ".join(f"{factor} x the start" for factor in (2, 3, 5, 10)) + " |", "|---" * 5 + "|"]
+def fall(rows, end=10):
+    """The step from which the clean reward stays below half of its peak, if that is seen for at least `end` RL steps"""
+    found = collapse(rows, name="reward_clean", share=0.5)
+    rolled = [r["step"] for r in rows if "reward" in r]
+    return found["step"] if found and found["step"] <= rolled[-end] else None
+
+
+def heard(done, name, factor):
+    """Runs -> leads (steps from the first ring to the fall) of the falls that were announced, runs that rang without a fall"""
+    pairs = [(fall(rows), rings(rows, name, factor)) for rows in done]
+    return [e - r for e, r in pairs if e is not None and r is not None and r <= e], sum(e is None and r is not None for e, r in pairs)
+
+
+def alarm_table():
+    """All runs that nothing treats: did the clean reward halve for good (the fall)? Did the alarm ring before?"""
+    done = [rows for name in ALARM_RUNS for rows in runs(name)]
+    n = sum(fall(rows) is not None for rows in done)
+    lines = ["| metric | " + " | ".join(f"{factor} x: announced, median lead, false" for factor in (2, 3, 5, 10)) + " |",
+             "|---" * 5 + "|"]
     for name in DETECTORS:
         cells = []
         for factor in (2, 3, 5, 10):
-            rang = [rings(rows, name, factor) for rows in done]
-            leads = sorted(e - r for e, r in zip(events, rang) if e is not None and r is not None and r <= e)
-            false = sum(e is None and r is not None for e, r in zip(events, rang))
-            cells.append(f"{len(leads)}/{falls_}, {leads[len(leads) // 2] if leads else '–'}, {false}/{quiet}")
+            leads, false = heard(done, name, factor)
+            cells.append(f"{len(leads)} of {n}, {f'{statistics.median(leads):.0f}' if leads else '–'}, {false} of {len(done) - n}")
         lines.append(f"| {name.replace('|', ', ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def change(rows, name):
-    return final(rows, name) - base_score(name)
+T95 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}             # Student's t, by degrees of freedom
 
 
-def interval(draw, n=2000):
-    """draw(rng) -> a number; -> its middle 95 % over n bootstrap draws"""
-    rng = np.random.default_rng(0)
-    return np.percentile([draw(rng) for _ in range(n)], [2.5, 97.5])
+def welch(a, b):
+    """Difference of the means of two lists of seeds, and half the width of its 95 % interval (Welch's t; a bootstrap over three
+    to five seeds would be too narrow: its 95 % cover 84 to 86 %)"""
+    va, vb = (np.var(x, ddof=1) / len(x) for x in (a, b))
+    freedom = (va + vb) ** 2 / max(va**2 / (len(a) - 1) + vb**2 / (len(b) - 1), 1e-12)
+    return np.mean(a) - np.mean(b), T95[max(2, min(8, int(freedom)))] * (va + vb) ** 0.5
 
 
 def crossing_table(names=MAIN):
-    """Does a recipe trade the unseen syntax for the trained one? Change of greedy scores from start to end, in points; the last
-    column is (trained - unseen) of the recipe minus the same of `none`, with a bootstrap over seeds."""
-    lines = ["| recipe | trained syntax, clean | unseen syntax | difference to `none` in (trained - unseen), 95 % |", "|---" * 4 + "|"]
+    """Does a recipe trade the other syntax for the trained one? Change of greedy scores from start to end, in points; the last
+    column is (trained - other) of the recipe minus the same of `none`, with the 95 % interval over seeds."""
+    lines = ["| recipe | trained syntax | other syntax | (trained - other), difference to `none` |", "|---" * 4 + "|"]
     gaps = lambda done: [100 * (change(r, "average_clean") - change(r, "format_ood_clean")) for r in done]
     plain = gaps(runs("none"))
     for name in names:
-        if not (done := runs(name)):
+        if len(done := runs(name)) < 2:
             continue
-        low, high = interval(lambda rng: rng.choice(gaps(done), len(done)).mean() - rng.choice(plain, len(plain)).mean())
+        difference, half = welch(gaps(done), plain)
         both = [percent([change(r, metric) for r in done]) for metric in ("average_clean", "format_ood_clean")]
-        difference = f"{mean(gaps(done)) - mean(plain):+.0f} ({low:+.0f} to {high:+.0f})" if name != "none" else "–"
-        lines.append(f"| `{name}` | {both[0]} | {both[1]} | {difference} |")
+        cell = f"{difference:+.0f} ({difference - half:+.0f} to {difference + half:+.0f})" if name != "none" else "–"
+        lines.append(f"| `{name}` | {both[0]} | {both[1]} | {cell} |")
     return "\n".join(lines)
 
 
@@ -276,29 +292,29 @@ def peak_step(rows, name):
 
 
 def story_table(names=("none", "fast", "fast_strict")):
-    """One line per run: how fast, in which order, and how far the short circuit came"""
+    """One line per run: how fast, and in which order"""
     lines = ["| run | clean reward: 80 % of its peak to 10 %, steps | polluted: highest, step | collapsed: highest, step | "
-             "short circuit: highest | P(open, text): first, highest |", "|---" * 6 + "|"]
+             "P(`<tool_call>` where text should begin): first, highest |", "|---" * 5 + "|"]
     for name in names:
-        for seed, rows in enumerate(runs(name)):
+        for seed, rows in zip(seeds(name), runs(name)):
             (a, polluted), (b, collapsed) = peak_step(rows, "state/polluted"), peak_step(rows, "state/collapsed")
-            opens, short = ([r[m] for r in rows if m in r] for m in ("p/open|text", "p/short_circuit"))
+            opens = [r["p/open|text"] for r in rows if "p/open|text" in r]
             drop = drop_steps(rows, "reward_clean")
             lines.append(f"| {name}-seed{seed} | {'–' if drop is None else drop} | {polluted:.2f}, {a} | {collapsed:.2f}, {b} | "
-                         f"{max(short):.4f} | {opens[0]:.3f}, {max(opens):.3f} |")
+                         f"{opens[0]:.3f}, {max(opens):.3f} |")
     return "\n".join(lines)
 
 
 def pressure_table(names=("none", "strict", "ets", "fast", "fast_random_reward"), first=0):
-    """Who pushes the open tag's logit? Sums over the RL steps from `first` on, per 1,000 trained tokens, mean over seeds"""
+    """Who pushes the logit of the open tag and of the end token? Per RL step (from `first` on) and 1,000 trained tokens"""
     lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
              "|---" * 7 + "|"]
     for name in names:
         for token in ("open", "end"):
             done = [[r for r in rows if f"push/{token}|clean" in r and r["step"] >= first] for rows in runs(name)]
             if done:
-                parts = [mean(1000 * sum(r[f"push/{token}|{part}"] for r in rows) for rows in done) for part in PRESSURES]
-                lines.append(f"| {name} | {token} | " + " | ".join(f"{x:+.1f}" for x in (*parts, sum(parts))) + " |")
+                parts = [1000 * mean(mean(r[f"push/{token}|{part}"] for r in rows) for rows in done) for part in PRESSURES]
+                lines.append(f"| {name} | {token} | " + " | ".join(f"{x:+.2f}" for x in (*parts, sum(parts))) + " |")
     return "\n".join(lines)
 
 
@@ -315,12 +331,10 @@ def autopsy_table():
             continue
         plain = name.removeprefix("model: ")
         values = [first.get(f"base: {plain}"), *(report.get(name) for report in reports.values())]
-        if not name.startswith("misplaced"):
+        if name != "risers":
             lines.append(f"| {plain} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
-    for name, report in reports.items():
-        risen = ", ".join(f"`{k.split(chr(39))[1]}` {v:.3f}" for k, v in report.items() if k.startswith("misplaced") and v)
-        lines.append(f"\n{name}: what rose most where it does not belong (mean probability): {risen}")
-    return "\n".join(lines)
+    risen = [", ".join(f"`{token!r}` {after:.3f}" for token, _, after in report["risers"][:3]) for report in reports.values()]
+    return "\n".join([*lines, "| what rose most where it does not belong, mean probability | | " + " | ".join(risen) + " |"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -336,8 +350,7 @@ def pictures():
 
 def aligned(plt, png, names=("none", "fast")):
     """Every run whose clean reward halved for good, on one axis: steps from that fall"""
-    done = [(rows, found["step"]) for name in names for rows in runs(name)
-            if (found := collapse(rows, name="reward_clean", share=0.5))]
+    done = [(rows, step) for name in names for rows in runs(name) if (step := fall(rows)) is not None]
     panels = {"reward_clean": "clean reward", "state/polluted": "polluted messages",
               "p/open|text": "P(<tool_call> where text\nshould begin)", "p/calls_exact": "ground-truth calls that are\nthe model's first choice"}
     fig, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), sharex=True)
@@ -366,7 +379,7 @@ def bars(plt, png, names=MAIN):
     names = [n for n in names if runs(n)]
     fig, ax = plt.subplots(figsize=(9, 3))
     for k, (metric, label, colour, hatch) in enumerate((("average_clean", "trained syntax", "#1b5e9b", ""),
-                                                        ("format_ood_clean", "unseen syntax", "#e8c48a", "///"))):
+                                                        ("format_ood_clean", "other syntax", "#e8c48a", "///"))):
         values = [[100 * final(r, metric) for r in runs(n)] for n in names]
         middle = [mean(v) for v in values]
         ax.bar([i + 0.38 * k - 0.19 for i in range(len(names))], middle, 0.38, label=label, color=colour, hatch=hatch,
@@ -385,20 +398,15 @@ def bars(plt, png, names=MAIN):
 def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     """How many falls each metric announces (and how early), against how often it cries wolf, as its threshold moves"""
     done = [rows for name in ALARM_RUNS for rows in runs(name)]
-    events = [found["step"] if (found := collapse(rows, name="reward_clean", share=0.5)) else None for rows in done]
-    n, quiet = sum(e is not None for e in events), events.count(None)
+    n = sum(fall(rows) is not None for rows in done)
+    quiet = len(done) - n
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    for name, style in zip(("p/open|text", "p/open|off", "p/moved", "state/polluted", "entropy", "kl_sampler", "grad_norm"),
+    for name, style in zip(("p/open|text", "p/open|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler", "grad_norm"),
                            ("k-o", "k--s", "k:^", "-v", "--D", ":x", "-.+")):
-        heard, false, lead = [], [], []
-        for factor in factors:
-            rang = [rings(rows, name, factor) for rows in done]
-            leads = [e - r for e, r in zip(events, rang) if e is not None and r is not None and r <= e]
-            heard.append(len(leads) / max(n, 1))
-            false.append(sum(e is None and r is not None for e, r in zip(events, rang)) / max(quiet, 1))
-            lead.append(sorted(leads)[len(leads) // 2] if leads else float("nan"))
-        left.plot(false, heard, style, ms=3, lw=1, label=name)
-        right.plot(factors, lead, style, ms=3, lw=1)
+        curve = [heard(done, name, factor) for factor in factors]
+        left.plot([false / max(quiet, 1) for _, false in curve], [len(leads) / max(n, 1) for leads, _ in curve], style, ms=3, lw=1,
+                  label=name)
+        right.plot(factors, [statistics.median(leads) if leads else float("nan") for leads, _ in curve], style, ms=3, lw=1)
     left.set_xlabel(f"alarm without a fall (share of {quiet} runs)")
     left.set_ylabel(f"alarm before the fall (share of {n})")
     left.legend()
@@ -440,9 +448,10 @@ def main():
         (HERE / "study").mkdir(exist_ok=True)
         Path("runs/study").mkdir(parents=True, exist_ok=True)
         # the embedded base model first: two runs at once must not both make it
-        if call("runs/study/base.log", *FINAL.split(), "--out", "runs/study/base"):
-            sys.exit("the base model cannot be made; see runs/study/base.log")
-        (HERE / "study" / "base.json").write_text(Path("runs/study/base/eval.json").read_text())
+        if not (HERE / "study" / "base.json").exists():
+            if call("runs/study/base.log", *FINAL.split(), "--out", "runs/study/base"):
+                sys.exit("the base model cannot be made; see runs/study/base.log")
+            (HERE / "study" / "base.json").write_text(Path("runs/study/base/eval.json").read_text())
         failures = []
         with ThreadPoolExecutor(a.parallel) as pool:
             for failure in tqdm(pool.map(lambda job: run_one(*job), jobs), total=len(jobs), desc="study"):

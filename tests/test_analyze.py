@@ -149,6 +149,7 @@ def test_knows_by_hand(model, chat, syntax, first):
     rest = (len(calls) - 1) / len(calls)
     assert score([]) == [1, 1, 1] and score([len(words) - 1]) == [1, 1, 1]      # the end token is not part of the call
     assert score([value]) == [rest] * 3 and score([name]) == [rest, rest, 1]
+    assert score([0]) == ([1, 1, 1] if syntax == "A" else [rest, rest, 1])      # A: the tag is given; B: "[create" is not
 
 
 def test_risers_names_the_risen_token(model, chat):
@@ -176,7 +177,7 @@ def test_probe_of_any_checkpoint(folder, capsys):
     base = str(next(p for p in (folder / "runs").glob("tiny-base-*")))
     assert main(["--probe", "runs/first", base, "runs/first/checkpoints/step-2"]) == 0
     run, model, checkpoint = capsys.readouterr().out.split("== ")[1:]
-    assert run.splitlines()[1:] == checkpoint.splitlines()[1:] != model.splitlines()[1:]
+    assert run.splitlines()[1:] == checkpoint.splitlines()[1:] and len(model.splitlines()) == len(checkpoint.splitlines())
     assert "in_call" in run and "short_circuit" in run
 
 
@@ -220,7 +221,7 @@ def test_csv_rows_are_the_rows(folder, tmp_path):
         for name, value in row.items():
             if name.startswith(study.KEEP):
                 assert merged[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
-    assert timeline(packed)[:60] == timeline(plain)[:60]
+    assert timeline(packed).splitlines()[0] == timeline(plain).splitlines()[0] and len(timeline(packed).splitlines()) == 3
 
 
 def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
@@ -254,5 +255,26 @@ def test_alarm_and_fall_on_made_up_rows():
     rows = made([.4] * 20 + [.0] * 20, **{"p/moved": [.1] * 10 + [.5] * 30})
     assert collapse(rows)["step"] == 24 and collapse(rows, share=0.5)["step"] == 22 and collapse(made([.4] * 40)) is None
     assert study.rings(rows, "p/moved", 3) == 11 and study.rings(rows, "p/moved", 6) is None
+    assert study.fall(rows) == 22 and study.fall(rows[:30]) is None                  # too near its end to say "for good"
+    assert study.heard([rows, made([.4] * 40, **{"p/moved": [.1] * 10 + [.5] * 30})], "p/moved", 3) == ([11], 1)
+    assert study.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
     assert study.falls([rows, made([.4] * 40)], "reward") == "1 of 2 (24)"
     assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)" and study.late(rows, "reward", n=30) == pytest.approx(.4 / 3)
+
+
+def test_a_run_of_sft_only_says_what_it_lacks(folder, capsys):
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_batch", "4", "--out", "runs/only"]) == 0
+    assert main(["--plot", "only.png", "runs/only"]) == 2 and "has no RL steps" in capsys.readouterr().err
+    assert main(["--transcripts", "runs/only"]) == 2 and "is empty" in capsys.readouterr().err
+    assert main(["--heat", "only.png", "runs/only"]) == 0 and main(["runs/only"]) == 0
+
+
+def test_probe_in_the_other_syntax(model, chat):
+    """Syntax B has no tags: <tool_call> is wrong everywhere, and there are no slots behind it or for its end."""
+    rows = [play(chat, Env(t, "B"), demonstration(t, "B"), LIMITS) for t in make_tasks("test", "base", 2)]
+    out = probe(model, chat, rows)
+    assert not {"p/open|open", "p/end|open", "p/close|close"} & out.keys() and out["p/short_circuit"] == 0
+    places = [(r, t) for r in rows for s in r.spans if s.who == "model" for t in range(s.start, s.end)]
+    with torch.no_grad():
+        p = [torch.softmax(model(torch.tensor([r.ids])).logits[0, t - 1], -1)[3].item() for r, t in places]
+    assert chat.text([3]) == "<tool_call>" and out["p/open|off"] == pytest.approx(mean(p), rel=1e-3)

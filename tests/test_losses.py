@@ -2,6 +2,7 @@
 the invariances: chunks, micro-batches, processes."""
 import copy
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -326,3 +327,68 @@ def test_the_gap_is_that_of_the_sampled_rows(model):
         m = rl_backward(model, data, [1.0] * 8, correction="token" if corrected else "none", micro_tokens=40)
         assert m["gap"] == pytest.approx(gap.mean().item(), rel=1e-5)
         assert m["gap_max"] == pytest.approx(gap.max().item(), rel=1e-5)
+
+
+# --- the pressure that rl_backward measures, and padding under FSDP ----------------------------------------------------------
+def test_rl_backward_measures_the_pressure(model):
+    """Two rollouts, one message of the second malformed; the same sums by hand, per trained token of ALL rows."""
+    rows, adv = episodes(n=3, groups=1), [1.5, -0.5, 0.0]
+    for r in rows:
+        for s in r.spans:
+            s.state = "call" if s.who == "model" else ""
+    last = [s for s in rows[1].spans if s.who == "model"][-1]
+    last.state, rows[1].ids[last.start] = "polluted", 3
+    got = rl_backward(copy.deepcopy(model), rows, adv, watch={"open": 3}, micro_tokens=40)
+    want = dict.fromkeys(("clean", "malformed", "others_up", "others_down"), 0.0)
+    for r, a in zip(rows, adv):
+        p = torch.softmax(model(torch.tensor([r.ids])).logits[0].double(), -1)[:, 3]
+        for s in r.spans:
+            for t in range(s.start, s.end) if s.who == "model" else ():
+                hit = r.ids[t] == 3
+                part = ("clean" if s.state == "call" else "malformed") if hit else "others_up" if a > 0 else "others_down"
+                want[part] += a * (hit - p[t - 1].item()) if a else 0.0
+    n = sum(sum(r.mask) for r in rows)
+    assert want["malformed"] < 0
+    for part, value in want.items():
+        assert got[f"push/open|{part}"] == pytest.approx(value / n, rel=1e-3, abs=1e-9), part
+
+
+def uneven(rank, folder):
+    """7 rows on rank 0, 1 on rank 1, a KL term: rank 1 has fewer micro-batches and must not hang, nor change the gradient."""
+    import torch.distributed as dist
+
+    from sft_step import shard
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, reference = torch.load(f"{folder}/models.pt", weights_only=False)
+    for m in (model, reference):
+        shard(m, "cpu", torch.float32)
+    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5, 1.0, -1.0, 0.5, -0.5]
+    mine = slice(0, 7) if rank == 0 else slice(7, 8)
+    for _ in range(3):
+        rl_backward(model, rows[mine], adv[mine], kl_weight=0.1, reference=reference.requires_grad_(False), micro_tokens=60)
+    grads = {k: 2 * p.grad.full_tensor() for k, p in model.named_parameters()}       # FSDP averages over the two ranks
+    hooks = len(model.get_output_embeddings().weight._backward_hooks or ())
+    if rank == 0:
+        torch.save((grads, hooks), f"{folder}/grads.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_uneven_ranks_under_fsdp(model, tmp_path):
+    plain, reference = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.01)
+    torch.save((plain, reference), tmp_path / "models.pt")
+    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5, 1.0, -1.0, 0.5, -0.5]
+    for _ in range(3):
+        rl_backward(plain, rows, adv, kl_weight=0.1, reference=reference, micro_tokens=60)
+    context = torch.multiprocessing.spawn(uneven, args=(str(tmp_path),), nprocs=2, join=False)
+    deadline = time.time() + 100
+    while not context.join(timeout=1):
+        if time.time() > deadline:
+            [p.kill() for p in context.processes]
+            pytest.fail("the ranks wait for each other forever")
+    grads, hooks = torch.load(tmp_path / "grads.pt")
+    assert close([grads[k] for k, _ in plain.named_parameters()], [p.grad for p in plain.parameters()]) and hooks <= 1
