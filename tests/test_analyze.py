@@ -188,6 +188,7 @@ def test_autopsy_command(folder, capsys):
     printed = capsys.readouterr()
     report = json.loads((folder / "report.json").read_text())["runs/first"]
     assert "runs/none-here" in printed.err and len(report) > 30
+    assert len(report.pop("risers")) == 5
     assert all(name in printed.out for name in report) and all(isinstance(v, float) for v in report.values())
 
 
