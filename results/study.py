@@ -251,6 +251,10 @@ def alarm_table():
     return "\n".join(lines)
 
 
+def change(rows, name):
+    return final(rows, name) - base_score(name)
+
+
 T95 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}             # Student's t, by degrees of freedom
 
 
