@@ -360,10 +360,10 @@ def aligned(plt, png, names=("none", "fast")):
     fig, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), sharex=True)
     for ax, (name, title) in zip(axes, panels.items()):
         curves = []
-        for rows, fall in done:
+        for rows, zero in done:
             steps, values = smooth(rows, name, 1 if name.startswith("p/") else 5)
-            ax.plot([x - fall for x in steps], values, color="#999999", lw=0.7)
-            curves.append({round((x - fall) / 5): v for x, v in zip(steps, values)})
+            ax.plot([x - zero for x in steps], values, color="#999999", lw=0.7)
+            curves.append({round((x - zero) / 5): v for x, v in zip(steps, values)})
         common = [t for t in range(-12, 9) if sum(t in c for c in curves) >= max(2, len(curves) // 2)]
         ax.plot([5 * t for t in common], [mean(c[t] for c in curves if t in c) for t in common], "k-", lw=2)
         ax.axvline(0, color="black", ls=":")
