@@ -374,3 +374,22 @@ def test_bfloat16_compute_keeps_float32_masters(folder):
     losses = [[r["sft_loss"] for r in rows(out) if "sft_loss" in r] for out in ("runs/bf16", "runs/full")]
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
     assert all(v.dtype == torch.float32 for v in weights("runs/bf16").values())
+
+
+@pytest.mark.parametrize("kind, flags", [("Qwen2", []), ("Qwen3", ["--chat_template", "qwen3-no-think"])])
+def test_real_vocabulary_size_and_qwen3(folder, tokenizer, kind, flags):
+    """Random models with the 151,936 output rows of Qwen2.5 and Qwen3, most of which no tokenizer entry stands behind: sampling,
+    both losses, the probe, a checkpoint that loads again."""
+    import transformers
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=151_936, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=32, tie_word_embeddings=True, max_position_embeddings=4096, eos_token_id=2, bos_token_id=None, pad_token_id=0)
+    torch.manual_seed(0)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder / kind)
+    tokenizer.save_pretrained(folder / kind)
+    args = [*RUN, "--model", kind, *flags, "--prompts", "2", "--group", "2", "--updates", "1", "--max_message_tokens", "12", "--signal", "sft",
+            "--schedule", "synchronous", "--sft_batch", "2", "--steps", "1", "--reward", "random", "--out", f"runs/{kind}"]
+    assert train.cli(args) == 0
+    step = next(r for r in rows(f"runs/{kind}") if "phase" in r)
+    assert step["gap"] < 1e-5 and step["sft_loss"] == pytest.approx(11.9, abs=0.5) and step["skipped_updates"] == 0      # log 151,936
+    assert train.cli([*RUN, "--eval_only", "--model", f"runs/{kind}", *flags, "--max_message_tokens", "12"]) == 0
