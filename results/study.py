@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -336,7 +337,8 @@ def autopsy_table():
         plain = name.removeprefix("model: ")
         values = [first.get(f"base: {plain}"), *(report.get(name) for report in reports.values())]
         if name != "risers":
-            lines.append(f"| {plain} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
+            shown = re.sub(r"</?tool_call>", r"`\g<0>`", plain).replace("<|im_end|>", "the end token")      # Markdown eats both
+            lines.append(f"| {shown} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
     risen = [", ".join(f"`{token!r}` {after:.3f}" for token, _, after in report["risers"][:3]) for report in reports.values()]
     return "\n".join([*lines, "| what rose most where it does not belong, mean probability | | " + " | ".join(risen) + " |"])
 
