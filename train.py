@@ -12,6 +12,7 @@ One pass through the main loop is the paper's algorithm:
 """
 import argparse
 import copy
+import gc
 import inspect
 import json
 import math
@@ -876,19 +877,22 @@ def record_episodes(path, step, chat, episodes, rank):
 
 def cli(argv=None):
     """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130"""
+    status = 0
     try:
         main(argv)
-        return 0
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        status = 2
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized() and "vllm" not in sys.modules:          # a vLLM engine does it at exit, and fails if it is done
-            dist.destroy_process_group()
+        status = 130
+    # Not after any other exception: leaving the group can wait for ranks that wait for this one. It must die, so that torchrun
+    # ends them. Nor with vLLM, whose engine leaves the group at exit and fails if that is done.
+    if dist.is_initialized() and "vllm" not in sys.modules:
+        gc.collect()                             # FSDP's modules are cycles that hold the group; if it lives on until the
+        dist.destroy_process_group()             # interpreter ends, its threads end the process with an abort, now and then
+    return status
 
 
 if __name__ == "__main__":
