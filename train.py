@@ -330,6 +330,8 @@ def start_processes(a):
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ or a.shard:                              # FSDP needs a process group even for one process
+        if os.environ.get("RANK") == "0" and a.model == "tiny" and not Path(tiny_folder(a)).exists():
+            build_tiny(a, tiny_folder(a))        # before there is a group: it sums over ranks, and the others do not take part
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
         return dist.get_rank(), dist.get_world_size(), device
@@ -364,15 +366,20 @@ def rank0_first(rank, make):
 # 3. The model
 
 
+def tiny_folder(a):
+    """Where the embedded base is kept: the name changes with its recipe, and with the source that it is made of"""
+    recipe = {k: v for k, v in vars(a).items() if k.startswith(("tiny_", "base_"))}
+    world = inspect.getsource(tools).partition("\n# 5. BFCL.")[0].rpartition("\n# ---")[0]       # another world, another base
+    source = world + "".join(inspect.getsource(f) for f in (
+        supervision.tiny_tokenizer, supervision.tiny_model, supervision.noisy_demonstrations, pretrain_tiny))
+    return f"runs/tiny-base-{zlib.crc32((json.dumps(recipe, sort_keys=True) + source).encode()):08x}"
+
+
 def load_policy(a, rank, device):
     """--model -> model, Chat, the folder or name that it came from"""
     name = a.model
     if name == "tiny":
-        recipe = {k: v for k, v in vars(a).items() if k.startswith(("tiny_", "base_"))}
-        world = inspect.getsource(tools).partition("\n# 5. BFCL.")[0].rpartition("\n# ---")[0]   # another world, another base
-        source = world + "".join(inspect.getsource(f) for f in (
-            supervision.tiny_tokenizer, supervision.tiny_model, supervision.noisy_demonstrations, pretrain_tiny))
-        name = f"runs/tiny-base-{zlib.crc32((json.dumps(recipe, sort_keys=True) + source).encode()):08x}"
+        name = tiny_folder(a)
         rank0_first(rank, lambda: None if Path(name).exists() else build_tiny(a, name))
     elif (Path(name) / "checkpoints" / "latest").exists():
         name = str(newest_checkpoint(name))

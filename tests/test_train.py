@@ -393,3 +393,10 @@ def test_real_vocabulary_size_and_qwen3(folder, tokenizer, kind, flags):
     step = next(r for r in rows(f"runs/{kind}") if "phase" in r)
     assert step["gap"] < 1e-5 and step["sft_loss"] == pytest.approx(11.9, abs=0.5) and step["skipped_updates"] == 0      # log 151,936
     assert train.cli([*RUN, "--eval_only", "--model", f"runs/{kind}", *flags, "--max_message_tokens", "12"]) == 0
+
+
+def test_two_processes_make_the_base_model_first(tmp_path):
+    """torchrun in an empty folder: rank 0 pre-trains alone, and nobody waits for the others inside it."""
+    done = command(*RUN, "--steps", "1", "--eval_every", "-1", "--out", "runs/fresh", cwd=tmp_path, n=2)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").glob("tiny-base-*"))) == 1 and (tmp_path / "runs/fresh/checkpoints/latest").exists()
