@@ -15,7 +15,7 @@ import math
 
 import torch
 
-from sft_step import in_step, micro_batches, reduce_max, reduce_sum, token_logprobs
+from sft_step import in_step, is_packed, micro_batches, reduce_max, reduce_sum, token_logprobs
 
 KLS = ("k1", "k2", "k3")
 CORRECTIONS = ("none", "token", "sequence")
@@ -144,17 +144,18 @@ PRESSURES = ("clean", "malformed", "others_up", "others_down")       # the four 
 @torch.no_grad()
 def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
     """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
-    re-encoded text). The ratio then starts at 1. -> mean over tokens of (old value - new value): for hinted rows the log
+    re-encoded text). The ratio then starts at 1. -> mean over all ranks' tokens of (old value - new value): for hinted rows the log
     ratio p(token | hint) / p(token | no hint) that the update ignores.
     Rows of the sources `corrected` keep .logprobs, and the trainer's own become .old (see sampler_correction)."""
     gap, n = 0.0, 0
-    for batch in in_step(micro_batches(rows, micro_tokens), model):
+    for batch in in_step(micro_batches(rows, micro_tokens, packed=is_packed(model)), model):
         logp, *_ = token_logprobs(model, batch)
         values = iter(logp.tolist())
         for r in batch:
             own = [next(values) if m else 0.0 for m in r.mask]
             gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
             setattr(r, "old" if r.source in corrected else "logprobs", own)
+    gap, n = reduce_sum([gap, n], model.device)
     return gap / max(n, 1)
 
 
@@ -174,7 +175,8 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
     watch, sums, gap_max = watch or {}, torch.zeros(8, dtype=torch.float64), 0.0
     push = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64)
-    for batch in in_step(micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids)), model, reference):
+    batches = micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids), packed=is_packed(model))
+    for batch in in_step(batches, model, reference):
         batch_rows = [r for r, _ in batch]
         logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
         sampler = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)        # [N]

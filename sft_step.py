@@ -16,7 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 def reduce_sum(values, device="cpu"):
@@ -35,15 +39,15 @@ def reduce_max(value, device="cpu"):
     return top.item()
 
 
-def micro_batches(rows, max_tokens, length=lambda row: len(row.ids)):
-    """Cut rows into batches whose PADDED size is at most max_tokens, similar lengths together (little padding):
+def micro_batches(rows, max_tokens, length=lambda row: len(row.ids), packed=False):
+    """Cut rows into batches of at most max_tokens, padding included, similar lengths together (little padding):
     lengths [9, 2, 3], max_tokens 10 -> [[2, 3], [9]]"""
-    batches, width = [], 0
+    batches, total = [], 0
     for row in sorted(rows, key=length):
-        width = max(width, length(row))
-        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+        total = total + length(row) if packed else (len(batches[-1]) + 1 if batches else 1) * length(row)
+        if not batches or total > max_tokens:
             batches.append([])
-            width = length(row)
+            total = length(row)
         batches[-1].append(row)
     return batches
 
@@ -59,9 +63,53 @@ def _logp_chunk(hidden, weight, target, watch):
     return logp, entropy, watched
 
 
-def trunk(model, ids):
+def trunk(model, ids, **layout):
     """ids [B, T] -> hidden states [B, T, D]: the model without its logits"""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
+
+
+# Without padding (train.py: --packed): the rows of a batch stand one behind the other, and attention is told where each begins.
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kw):
+    """query [1, heads, T, d], key and value [1, kv_heads, T, d], cu_seq_lens_q [rows + 1] = [0, 3, 5] for rows of 3 and 2 tokens
+    -> [1, T, heads, d]; every token attends to the earlier ones of its own row. Where nothing is packed: plain SDPA."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    if query.is_cuda:                                                # one kernel for all rows; it knows bf16 and fp16 only
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                                # [T, heads, d]
+        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                           window_size=(-1, 0), enable_gqa=True)[None], None                         # (-1, 0): causal
+    cuts = cu_seq_lens_q.diff().tolist()                             # CPU: row by row
+    rows = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            for q, k, v in zip(*(x.split(cuts, dim=2) for x in (query, key, value)))]
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *a, attention_mask=None, **kw: attention_mask)      # never a [T, T] mask
+
+
+def is_packed(model):
+    return model.config._attn_implementation == "packed"
+
+
+def lay_out(rows, packed, device):
+    """Rows with .ids and .mask, here of 3 and 2 tokens -> ids, mask, row [B, T], and what else the model must know
+
+    padded    ids [[7, 8, 9], [7, 5, 0]]    row [[0, 0, 0], [1, 1, 1]]    nothing: causal attention never looks at padding behind
+    packed    ids [[7, 8, 9, 7, 5]]         row [[0, 0, 0, 1, 1]]         positions [[0, 1, 2, 0, 1]], starts [0, 3, 5]"""
+    lengths = torch.tensor([len(r.ids) for r in rows], device=device)
+    width, index = int(lengths.max()), torch.arange(len(rows), device=device)
+    if not packed:
+        ids, mask = (torch.tensor([x + [0] * (width - len(x)) for x in lists], device=device)
+                     for lists in ([r.ids for r in rows], [r.mask for r in rows]))
+        return ids, mask.bool(), index[:, None].expand_as(ids), {}
+    ids, mask = (torch.tensor([[x for part in lists for x in part]], device=device)
+                 for lists in ([r.ids for r in rows], [r.mask for r in rows]))
+    starts, row = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), index.repeat_interleave(lengths)
+    positions = torch.arange(len(row), device=device) - starts[row]
+    return ids, mask.bool(), row[None], dict(position_ids=positions[None], cu_seq_lens_q=starts.int(), max_length_q=width)
 
 
 def token_logprobs(model, rows, chunk=2048, watch=()):
@@ -74,17 +122,13 @@ def token_logprobs(model, rows, chunk=2048, watch=()):
     [B, T, V] logits never exist: the projection runs only at trained positions, `chunk` of them at a time, and each
     chunk's logits are computed again in the backward pass. (A loop over chunks WITHOUT recomputation saves nothing:
     autograd keeps every chunk.) At 16k tokens x 152k vocabulary that is 10 GB less."""
-    device, width = model.device, max(len(r.ids) for r in rows)
-    # Right-padding needs no attention mask: with causal attention no real token ever looks at the padding behind it.
-    ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in rows], device=device)            # [B, T]
-    mask = torch.tensor([r.mask + [0] * (width - len(r.mask)) for r in rows], device=device).bool()  # [B, T]
-    assert not mask[:, 0].any(), "the first token of a row has nothing before it to be predicted from"
-    hidden = model.trunk(ids) if is_sharded(model) else trunk(model, ids)                            # [B, T, D]
+    assert not any(r.mask[0] for r in rows), "the first token of a row has nothing before it to be predicted from"
+    ids, mask, row, layout = lay_out(rows, is_packed(model), model.device)                           # [B, T]
+    hidden = model.trunk(ids, **layout) if is_sharded(model) else trunk(model, ids, **layout)        # [B, T, D]
     weight = model.get_output_embeddings().weight                                                    # [V, D]
     hidden = hidden[:, :-1][mask[:, 1:]]                                                             # [N, D]
-    target = ids[:, 1:][mask[:, 1:]]                                                                 # [N]
-    row = torch.arange(len(rows), device=device)[:, None].expand(-1, width - 1)[mask[:, 1:]]         # [N]
-    watch = torch.tensor(list(watch), dtype=torch.long, device=device)
+    target, row = ids[:, 1:][mask[:, 1:]], row[:, 1:][mask[:, 1:]]                                   # [N]
+    watch = torch.tensor(list(watch), dtype=torch.long, device=model.device)
     parts = [checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False) if torch.is_grad_enabled()
              else _logp_chunk(h, weight, t, watch) for h, t in zip(hidden.split(chunk), target.split(chunk))]
     logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
@@ -96,7 +140,7 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool says."""
     n, = reduce_sum([sum(sum(r.mask) for r in rows)], model.device)
     total = 0.0
-    for batch in in_step(micro_batches(rows, micro_tokens), model):
+    for batch in in_step(micro_batches(rows, micro_tokens, packed=is_packed(model)), model):
         logp, _, row, _ = token_logprobs(model, batch)               # [N]
         row_weight = torch.tensor([r.weight for r in batch], device=model.device)[row]               # [N]
         loss = -weight * (row_weight * logp).sum() / n

@@ -123,6 +123,8 @@ def parse_args(argv=None):
                    "and backward passes, while the masters keep --dtype; default: --dtype")
     g.add_argument("--grad_checkpointing", action="store_true", help="keep only each layer's input for the backward pass and compute "
                    "the rest again: less memory, about a third more time")
+    g.add_argument("--packed", action="store_true", help="updates without padding: the rows of a forward pass stand one behind the "
+                   "other. On a GPU this needs 16 bits (--compute_dtype bfloat16); on a CPU attention goes row by row")
     g.add_argument("--device", default="auto", help="auto = cuda if there is one, else cpu")
     g = p.add_argument_group("world")
     g.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="tiny = the embedded world; bfcl = BFCL's "
@@ -175,8 +177,8 @@ def parse_args(argv=None):
     g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")
     g.add_argument("--weight_decay", type=float, default=0.01, help="AdamW weight decay")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    g.add_argument("--micro_tokens", type=int, default=16_384, help="padded tokens per forward pass; changes memory and "
-                   "speed, never the result")
+    g.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass, padding included; changes "
+                   "memory and speed, never the result")
     g = p.add_argument_group("embedded model (--model tiny)")
     g.add_argument("--tiny_hidden", type=int, default=128, help="hidden size, a multiple of 32 (heads have 32 dimensions)")
     g.add_argument("--tiny_layers", type=int, default=3, help="decoder layers")
@@ -326,6 +328,8 @@ def start_processes(a):
     device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {a.device}, but PyTorch sees no CUDA device here; use --device cpu.")
+    if device.startswith("cuda") and a.packed and a.compute_dtype == "float32":
+        raise UserError("--packed on a GPU needs 16 bits, its kernel knows no others; add --shard --compute_dtype bfloat16.")
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
@@ -395,7 +399,8 @@ def build_tiny(a, path):
 def load_model(name, a, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, a.dtype)).to("cpu" if a.shard else device)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, a.dtype), attn_implementation="packed" if a.packed
+                                                     else None).to("cpu" if a.shard else device)
     except Exception as error:                                       # every library below has its own exception types here
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot load the model {name}: {reason}; check --model (a folder with config.json, weights and "
@@ -505,7 +510,7 @@ def save_checkpoint(out, step, model, tokenizer, weights, state, keep):
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "device",
-                  "micro_tokens", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache",
+                  "micro_tokens", "packed", "eval_only", "judge_url", "judge_workers", "judge_timeout", "judge_retries", "judge_cache",
                   "gap_alarm", "kv_cache_gb"}
 
 
@@ -772,11 +777,11 @@ def main(argv=None):
             unhinted = a.signal == "hbg" and not a.hint_in_update
             foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)]
             corrected = a.correct if a.correction != "none" else ()
-            gaps = gather([recompute_logprobs(model, foreign, a.micro_tokens, corrected)])
+            gap = recompute_logprobs(model, foreign, a.micro_tokens, corrected)
             others = [e for e in episodes if e.source in corrected and e.old is None]
             recompute_logprobs(model, others, a.micro_tokens, corrected)
             if unhinted:
-                row["hint_log_ratio"] = mean(gaps)                           # log p(token | hint) - log p(token | no hint)
+                row["hint_log_ratio"] = gap              # mean of log p(token | hint) - log p(token | no hint)
 
             # ---- advantages: compared with the own group ----------------------------------------------------------------
             adv = advantages([credit(e, a, step) for e in episodes], [e.group_id for e in episodes], a.advantage == "std")

@@ -12,7 +12,7 @@ import torch
 from rl_step import (LOSSES, advantages, kl_penalty, normaliser, policy_loss, pressure, recompute_logprobs, rl_backward,
                      sampler_correction)
 from rollout import Episode
-from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
+from sft_step import lay_out, micro_batches, optimizer_step, sft_backward, token_logprobs
 
 
 def episodes(seed=0, n=8, vocab=500, groups=2):
@@ -110,6 +110,34 @@ def test_micro_batches():
     rows = [SimpleNamespace(ids=[0] * n) for n in (9, 2, 3, 30)]
     assert [[len(r.ids) for r in b] for b in micro_batches(rows, 10)] == [[2, 3], [9], [30]]   # a long row goes alone
     assert micro_batches([], 10) == []
+    assert [[len(r.ids) for r in b] for b in micro_batches(rows, 14, packed=True)] == [[2, 3, 9], [30]]      # padded: 27
+
+
+def test_packed_rows_are_laid_out_one_behind_the_other():
+    rows = [SimpleNamespace(ids=[7, 8, 9], mask=[0, 1, 1]), SimpleNamespace(ids=[7, 5], mask=[0, 1])]
+    ids, mask, row, layout = lay_out(rows, True, "cpu")
+    assert (ids.tolist(), mask.tolist(), row.tolist()) == ([[7, 8, 9, 7, 5]], [[False, True, True, False, True]], [[0, 0, 0, 1, 1]])
+    assert {k: getattr(v, "tolist", lambda: v)() for k, v in layout.items()} == {
+        "position_ids": [[0, 1, 2, 0, 1]], "cu_seq_lens_q": [0, 3, 5], "max_length_q": 3}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_padded(model, checkpointing):
+    rows, adv = episodes(), [1.0, -0.5, 0.3, 0.0, 2.0, -1.0, 0.7, -0.1]
+    packed = copy.deepcopy(model)
+    packed.set_attn_implementation("packed")
+    if checkpointing:
+        packed.train().gradient_checkpointing_enable({"use_reentrant": False})
+    for batch in (rows, rows[:1]):
+        one, two = (token_logprobs(m, batch, watch=(3, 9)) for m in (model, packed))
+        assert torch.equal(one[2], two[2]) and close([one[i] for i in (0, 1, 3)], [two[i] for i in (0, 1, 3)])
+    for micro_tokens in (30, 10_000):
+        (m1, g1), (m2, g2) = (gradients(m, lambda m: rl_backward(m, rows, adv, micro_tokens=micro_tokens)) for m in (model, packed))
+        assert close(g2, g1) and m2 == pytest.approx(m1, rel=1e-4, abs=1e-6)
+    before, _, row, _ = token_logprobs(packed, rows)
+    rows[0].ids[0] += 1                                              # what stands in one row does not reach the next
+    same = token_logprobs(packed, rows)[0] == before
+    assert same[row > 0].all() and not same[row == 0].any()
 
 
 # --- advantages --------------------------------------------------------------------------------------------------------

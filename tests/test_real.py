@@ -27,7 +27,7 @@ def test_bfcl_vllm_fsdp_two_processes_resume_evaluation(small_model, tmp_path): 
     shutil.copytree(small_model[0], tmp_path / "model")                  # vLLM does not go beyond the model's positions
     (tmp_path / "model/config.json").write_text(json.dumps(config))
     args = [*RUN, "--prompts", "2", "--model", "model", "--engine", "vllm", "--shard", "--compute_dtype", "bfloat16", "--engine_dtype", "float32",
-            "--grad_checkpointing", "--correction", "token", "--signal", "ets", "--schedule", "synchronous", "--steps", "2",
+            "--grad_checkpointing", "--packed", "--correction", "token", "--signal", "ets", "--schedule", "synchronous", "--steps", "2",
             "--save_every", "1", "--threads", "1", "--out", "r"]
     start(tmp_path, *args, n=2)
     rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]

@@ -350,7 +350,7 @@ def test_torchrun_mistake(folder):
 
 def test_sharded_over_two_processes_is_one_process(folder):
     """FSDP2 over two processes, unequal work (5 rows, micro-batches of one or two): metrics and weights of one plain process;
-    and its checkpoint continues on ONE process to the same numbers."""
+    and its checkpoint continues on ONE process, without padding, to the same numbers."""
     args = [*RUN, "--tiny_layers", "2", "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "5", "--kl_weight", "0.01",
             "--micro_tokens", "600", "--steps", "3", "--save_every", "2", "--probe_every", "2", "--eval_every", "-1", "--threads", "1"]
     assert train.cli([*args, "--out", "runs/plain"]) == 0
@@ -363,7 +363,7 @@ def test_sharded_over_two_processes_is_one_process(folder):
     a, b = weights("runs/plain"), weights("runs/sharded")
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
     (folder / "runs/sharded/checkpoints/latest").write_text("step-2")
-    assert command(*args, "--shard", "--out", "runs/sharded", "--resume", cwd=folder).returncode == 0      # one process now
+    assert command(*args, "--shard", "--packed", "--out", "runs/sharded", "--resume", cwd=folder).returncode == 0
     assert near(rows("runs/plain"), rows("runs/sharded"))
 
 
