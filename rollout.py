@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from tools import CLOSE, OPEN, UserError, parse
 
@@ -117,7 +118,11 @@ class Chat:
         # A reply with a think block in it: templates that strip thinking from the history betray themselves here.
         said, user, user2 = "<think>\nA\n</think>\n\nB", "USER TURN ONE", "USER TURN TWO"
         talk = [{"role": "system", "content": "S"}, {"role": "user", "content": user}]
-        short = self._render(talk) + said
+        try:
+            short = self._render(talk) + said
+        except TemplateError as error:           # it refuses the role "system", or needs a token that the tokenizer lacks
+            raise UserError(f"the chat template of {name} cannot render a system and a user message ({error}); pass one that "
+                            "can with --chat_template FILE.") from error
         talk += [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
         longer = self._render(talk)
         talk += [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
