@@ -24,6 +24,7 @@ import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -337,7 +338,8 @@ def start_processes(a):
         if os.environ.get("RANK") == "0" and a.model == "tiny" and not Path(tiny_folder(a)).exists():
             build_tiny(a, tiny_folder(a))        # before there is a group: it sums over ranks, and the others do not take part
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone,
+                                timeout=timedelta(hours=1))          # so long may rank 0 wait for the judge; else 10 minutes
         return dist.get_rank(), dist.get_world_size(), device
     return 0, 1, device
 

@@ -83,8 +83,6 @@ def structured(env, episode):
     return messages
 
 
-
-
 def test_a_conversation_is_what_qwen25s_own_template_makes_of_it(make):
     """Our ids, appended message by message, against the template's rendering of the whole conversation, encoded in one go."""
     tokenizer = make("qwen2.5", "qwen2_5")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from analyze_tokens import collapse
 from rl_step import advantages, rl_backward
 from sft_step import optimizer_step, sft_backward
 from tools import STATES
+
 
 def weights(out):
     return load_file(train.newest_checkpoint(out) / "model.safetensors")
@@ -346,6 +348,35 @@ def test_torchrun_equals_one_process(folder, name, flags):
 def test_torchrun_mistake(folder):
     done = command(*RUN, "--steps", "1", "--out", "runs/first", n=2, cwd=folder)
     assert done.returncode != 0 and done.stderr.count("train.py: error: the run folder runs/first exists") == 1
+
+
+def test_a_failure_on_one_of_two_nodes_ends_both(folder):
+    """Two torchrun agents, as on two machines; a signal of one's own that fails on rank 1 while rank 0 waits in a collective."""
+    (folder / "fork.py").write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import supervision, train
+
+class Failing(supervision.Signal):
+    def observe(self, step, episodes):
+        if step == 1 and os.environ["RANK"] == "1":
+            raise RuntimeError("the disk is full")
+
+supervision.SIGNALS["failing"] = Failing
+sys.exit(train.cli())""")
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", f"localhost:{port}", "--", "fork.py", *RUN, "--signal", "failing", "--steps", "3", "--eval_every", "-1",
+               "--out", "runs/failing"]
+    nodes = [subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said, first = [], time.time()
+    for node in nodes:
+        said.append(node.communicate(timeout=240)[1])
+        first = first if said[1:] else time.time()
+    assert time.time() - first < 60 and all(node.returncode for node in nodes)
+    assert "RuntimeError: the disk is full" in "".join(said)
+    assert [r["step"] for r in rows("runs/failing") if "phase" in r] == [0]
 
 
 def test_sharded_over_two_processes_is_one_process(folder):
