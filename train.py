@@ -109,8 +109,9 @@ def parse_args(argv=None):
                    "each, as the paper's release does")
     g.add_argument("--split_groups", action="store_true", help="spread each group over the mini-batches of a step (as released)")
     g.add_argument("--only", choices=("positive", "negative"), default=None, help="use only the advantages of one sign")
-    g.add_argument("--reward", choices=("task", "random", "format"), default="task", help="what the advantages are "
-                   "made of: random = a coin that shows 1 in 5 times, format = task + 0.5 if every message is clean")
+    g.add_argument("--reward", choices=("task", "random", "shuffled", "format"), default="task", help="what the "
+                   "advantages are made of: random = a coin that shows 1 in 5 times, shuffled = the task's, dealt out anew "
+                   "within each group, format = task + 0.5 if every message is clean")
     g.add_argument("--mask_control", action="store_true", help="a negative advantage does not push control tokens")
     g = p.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny = the embedded model (built and pre-trained at first use, then "
@@ -765,8 +766,9 @@ def main(argv=None):
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
             with sampling(engine, model):
                 episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
-            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source, credit(e, a, step))
-                                           for e in episodes]))
+            credit = credits(episodes, a, step)
+            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source, c)
+                                           for e, c in zip(episodes, credit)]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
             if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order
                 signal.observe(step, sorted(gather(episodes), key=lambda e: (e.group_id, e.sample)))
@@ -786,7 +788,7 @@ def main(argv=None):
                 row["hint_log_ratio"] = gap              # mean of log p(token | hint) - log p(token | no hint)
 
             # ---- advantages: compared with the own group ----------------------------------------------------------------
-            adv = advantages([credit(e, a, step) for e in episodes], [e.group_id for e in episodes], a.advantage == "std")
+            adv = advantages(credit, [e.group_id for e in episodes], a.advantage == "std")
             if a.only:
                 adv = [x if (x > 0) == (a.only == "positive") else 0.0 for x in adv]
 
@@ -849,11 +851,18 @@ def main(argv=None):
             f"{out}/checkpoints/   Hugging Face format    python analyze_tokens.py {out}   this summary, and the states over time")
 
 
-def credit(e, a, step):
-    """The number that the advantage is made of; the metric `reward` stays the task's (--reward)."""
+def credits(episodes, a, step):
+    """The numbers that the advantages are made of, one per episode; the metric `reward` stays the task's (--reward)."""
     if a.reward == "random":
-        return float(random.Random(f"{a.seed} {step} {e.group_id} {e.sample}").random() < 0.2)
-    return e.reward + 0.5 * (a.reward == "format" and is_clean(e.states))
+        return [float(random.Random(f"{a.seed} {step} {e.group_id} {e.sample}").random() < 0.2) for e in episodes]
+    if a.reward == "shuffled":                   # as many mixed groups and as large advantages, but nothing to be learnt
+        groups = {e.group_id: [] for e in episodes}
+        for e in episodes:
+            groups[e.group_id].append(e.reward)
+        for g, rewards in groups.items():
+            random.Random(f"{a.seed} {step} {g}").shuffle(rewards)
+        return [groups[e.group_id].pop() for e in episodes]
+    return [e.reward + 0.5 * (a.reward == "format" and is_clean(e.states)) for e in episodes]
 
 
 def endless(items, start, n, seed):

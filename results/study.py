@@ -51,6 +51,7 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "fast": (FAST, 5),
     "fast_strict": (FAST + " --closing strict", 5),
     "fast_random_reward": (FAST + " --reward random", 3),
+    "fast_shuffled_reward": (FAST + " --reward shuffled", 3),
     "fast_format_reward": (FAST + " --reward format", 3),
     "fast_positive_only": (FAST + " --only positive", 3),
     "fast_negative_only": (FAST + " --only negative", 3),
@@ -60,7 +61,9 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "fast_ets": (FAST + " --signal ets --schedule interleaved", 3),
     "fast_adaptive": (FAST + " --signal ets --schedule adaptive --sft_budget 256", 3),
     "fast_ets_sync": (FAST + " --signal ets --schedule synchronous --sft_batch 16", 3),
-    # the paper's side questions, at the main rate
+    # the paper's side questions, and controls, at the main rate
+    "shuffled_reward": ("--reward shuffled", 3),
+    "ets_more_rows": ("--signal ets --schedule interleaved --sft_epochs 8", 3),     # about as many rows as prs trains
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
     "retokenize": ("--retokenize", 3),
     "ets_sft_lr5e-5": ("--signal ets --schedule interleaved --sft_lr 5e-5", 3),
@@ -128,7 +131,7 @@ def run_one(name, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
-        "adaptive", "random_time", "ets_sync", "retokenize")
+        "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize", "shuffled_reward")
 CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")

@@ -110,14 +110,19 @@ def test_stop_on_alarm(folder, monkeypatch, capfd):
     assert (folder / "runs/stop/checkpoints/latest").read_text() == "step-4" and "ALARM" in capfd.readouterr().out
 
 
-def test_what_the_advantage_is_made_of():
-    good, bad = SimpleNamespace(reward=1.0, states=["call", "reply"]), SimpleNamespace(reward=1.0, states=["call", "polluted"])
-    credit = lambda e, *flags: train.credit(e, train.parse_args([*flags]), 0)
-    assert [credit(good), credit(bad)] == [1, 1]
-    assert [credit(good, "--reward", "format"), credit(bad, "--reward", "format")] == [1.5, 1]
-    coins = [train.credit(SimpleNamespace(group_id=g, sample=k), train.parse_args(["--reward", "random"]), s)
-             for s in range(10) for g in range(12) for k in range(8)]
+def test_what_the_advantages_are_made_of():
+    def credits(reward, step=0, seed=0):
+        episodes = [SimpleNamespace(reward=float(k < 3), states=["call", "polluted" if k % 2 else "reply"], group_id=g, sample=k)
+                    for k in range(8) for g in range(12)]
+        made = train.credits(episodes, train.parse_args(["--reward", reward, "--seed", str(seed)]), step)
+        return [[c for c, e in zip(made, episodes) if e.group_id == g] for g in range(12)]
+    assert credits("task") == [[1, 1, 1, 0, 0, 0, 0, 0]] * 12
+    assert credits("format") == [[1.5, 1, 1.5, 0, 0.5, 0, 0.5, 0]] * 12
+    coins = [c for s in range(10) for g in credits("random", s) for c in g]
     assert set(coins) == {0.0, 1.0} and 0.15 < sum(coins) / len(coins) < 0.25
+    dealt = credits("shuffled")
+    assert all(sorted(g) == [0, 0, 0, 0, 0, 1, 1, 1] for g in dealt) and len(set(map(tuple, dealt))) > 6
+    assert dealt == credits("shuffled") != credits("shuffled", step=1) and dealt != credits("shuffled", seed=1)
 
 
 def test_killed_run_resumes_to_the_same_numbers(folder):
