@@ -28,11 +28,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import Chat, HFEngine, Limits, begin, play, rollout
-from sft_step import micro_batches, optimizer_step, sft_backward, token_logprobs
+from sft_step import lay_out, micro_batches, optimizer_step, sft_backward, token_logprobs, trunk
 from tools import CATEGORIES, CLOSE, CONTROL, OPEN, STATES, Env, UserError, demonstration, make_tasks, parse
 
 
 def mean(values):
+    """[1, 2] -> 1.5, [] -> 0.0"""
     values = list(values)
     return sum(values) / max(len(values), 1)
 
@@ -122,9 +123,8 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
     model.eval()
     classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
     for batch in micro_batches(rows, max_tokens):
-        width = max(len(r.ids) for r in batch)
-        ids = torch.tensor([r.ids + [0] * (width - len(r.ids)) for r in batch], device=model.device)         # [B, T]
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state                       # [B, T, D]
+        ids, *_ = lay_out(batch, False, model.device)                                                        # [B, T]
+        hidden = trunk(model, ids)                                                                           # [B, T, D]
         where = [(b, t, slot) for b, r in enumerate(batch) for t, slot in slots(chat, r)]
         h = hidden[[b for b, _, _ in where], [t - 1 for _, t, _ in where]]                                   # [N, D]
         target = ids[[b for b, _, _ in where], [t for _, t, _ in where]]                                     # [N]
@@ -134,19 +134,16 @@ def probe(model, chat, rows, max_tokens=16_384, chunk=4096, classes=None, start=
             log_likelihood += logp.gather(1, wanted[:, None])[:, 0].tolist()
             right += (logp.argmax(-1) == wanted).tolist()
             p += torch.stack([logp[:, c].exp().sum(-1) for c in classes.values()], -1).tolist()              # [n, 5]
-        ok_calls = {}                            # {(row, start of a call): every token right so far?}
         for (b, t, slot), ok, values in zip(where, right, p):
             for name, value in [*zip(classes, values), ("content", 1 - sum(values))]:
                 total.setdefault(f"p/{name}|{slot}", []).append(value)
                 if name in LEGAL and batch[b].ids[t] not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
-            if slot in ("call", "text"):
-                begun = t
-            if slot == "call":                   # its first token is given: calling at all is p/open|call
-                ok_calls[b, t] = True
-            elif (b, begun) in ok_calls:
-                ok_calls[b, begun] &= ok
-        exact += ok_calls.values()
+            if slot in ("call", "text"):         # a message begins
+                in_call = slot == "call"
+                exact += [True] * in_call        # a call's first token is given: calling at all is p/open|call
+            elif in_call:
+                exact[-1] &= ok
     out = {name: mean(total[name]) for name in PROBED if name in total}          # syntax B has no slots `open` and `close`
     if start:
         out["p/moved"] = mean(abs(now - before) for now, before in zip(log_likelihood, start, strict=True))
@@ -299,22 +296,6 @@ def timeline(rows, points=12):
     return "\n".join(lines)
 
 
-HEADER = ("| run | task reward: first, peak, last | clean reward: first, peak, last | P(`<tool_call>` where text should begin): "
-          "first, highest | collapse: reward, clean reward |\n|---|---|---|---|---|")
-
-
-def table_row(path, window=5):
-    """One run as a row of a Markdown table; means over `window` steps."""
-    rows = read_rows(path)
-    probes = [r["p/open|text"] for r in rows if "p/open|text" in r]
-    curves = [smooth(rows, name, window)[1][window - 1:] for name in ("reward", "reward_clean")]
-    if not all(curves):
-        raise UserError(f"{path} has fewer than {window} RL steps; a table row needs them.")
-    steps = [found["step"] if (found := collapse(rows, window, name)) else "no" for name in ("reward", "reward_clean")]
-    return (f"| {run_name(path)} | " + " | ".join(f"{c[0]:.2f}, {max(c):.2f}, {c[-1]:.2f}" for c in curves)
-            + f" | {f'{probes[0]:.3f}, {max(probes):.3f}' if probes else '–'} | {steps[0]}, {steps[1]} |")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. The autopsy of a checkpoint. It fails; but what exactly is broken? Each line replaces one thing and plays the test
 #    tasks again, so that it separates "lost the ability" from "puts a control token into the wrong place". The score of
@@ -322,7 +303,8 @@ def table_row(path, window=5):
 
 
 def load(path):
-    """A run folder (its newest checkpoint) or a Hugging Face folder -> model, Chat, the run's flags ({} if there are none)"""
+    """A run folder (its newest checkpoint), RUN/checkpoints/step-N, or a Hugging Face folder
+    -> model, Chat, the run's flags ({} if there are none)"""
     path = Path(path)
     run = next((p for p in (path, *path.parents[:2]) if (p / "config.json").exists() and (p / "metrics.jsonl").exists()), None)
     if path == run:
@@ -618,7 +600,6 @@ def pages(out, count=8):
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs? Without a flag: scores, states over time, verdict.")
     p.add_argument("runs", nargs="+", help="run folders, or their rows (metrics.jsonl, .csv)")
-    p.add_argument("--markdown", action="store_true", help="one table row per run")
     p.add_argument("--transcripts", action="store_true", help="conversations from healthy to collapsed, as Markdown")
     p.add_argument("--plot", metavar="PNG", help="draw the runs side by side")
     p.add_argument("--heat", metavar="PNG", help="draw the first run's control tokens by slot over time")
@@ -629,8 +610,6 @@ def main(argv=None):
     p.add_argument("--autopsy_tasks", type=int, default=30, help="test tasks per category there")
     p.add_argument("--json", metavar="FILE", help="with --autopsy: write the numbers there too")
     a, status = p.parse_args(argv), 0
-    if a.markdown:
-        print(HEADER)
     drawn, found = [], {}
     for out in a.runs:
         try:
@@ -645,8 +624,6 @@ def main(argv=None):
                 drawn.append(out)
             elif a.transcripts:
                 print(pages(out), end="\n\n")
-            elif a.markdown:
-                print(table_row(out))
             else:
                 print(f"== {out}", timeline(read_rows(out)), summary(out), sep="\n\n", end="\n\n")
         except UserError as error:                                   # say it, and go on with the other runs

@@ -4,10 +4,12 @@ GRPO in one paragraph: sample G rollouts of one prompt, reward each, and take as
 group a rollout did. No value network. Every token that the rollout sampled is pushed up (A > 0) or down (A < 0) alike:
 
     A_i = (r_i - mean(r)) / std(r)                                  one number per rollout
-    L   = -sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A) / n      rho_t = p_new(token t) / p_sampled(token t)
+    L   = -sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A) / n      rho_t = p_new(token t) / p_old(token t)
 
-This is where the paper's collapse enters: the reward says THAT the rollout was good, not WHICH token was in its place, so
-an open tag at the end of a lucky rollout is pushed up as if it had earned the reward.
+p_old is the policy before the step's updates: the sampler's numbers, or with --correction the trainer's.
+
+Here the paper's account of the collapse begins: the reward says THAT the rollout was good, not WHICH token was in its place, so
+an open tag at the end of a lucky rollout is pushed up as if it had earned the reward. `pressure` measures whether that is so.
 
 Shapes:  N = trained tokens of the micro-batch, flat;  row [N] tells which rollout each belongs to.
 """
@@ -144,8 +146,8 @@ PRESSURES = ("clean", "malformed", "others_up", "others_down")       # the four 
 @torch.no_grad()
 def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
     """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
-    re-encoded text). The ratio then starts at 1. -> mean over all ranks' tokens of (old value - new value): for hinted rows the log
-    ratio p(token | hint) / p(token | no hint) that the update ignores.
+    re-encoded text). The ratio then starts at 1. -> of the hinted rows, the mean over all ranks' tokens of (old value - new
+    value): the log ratio p(token | hint) / p(token | no hint) that the update ignores.
     Rows of the sources `corrected` keep .logprobs, and the trainer's own become .old (see sampler_correction)."""
     gap, n = 0.0, 0
     for batch in in_step(micro_batches(rows, micro_tokens, packed=is_packed(model)), model):
@@ -153,7 +155,8 @@ def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
         values = iter(logp.tolist())
         for r in batch:
             own = [next(values) if m else 0.0 for m in r.mask]
-            gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
+            if r.source == "hinted":
+                gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
             setattr(r, "old" if r.source in corrected else "logprobs", own)
     gap, n = reduce_sum([gap, n], model.device)
     return gap / max(n, 1)
@@ -206,7 +209,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
             sampled = torch.tensor([float(r.source == "policy") for r in batch_rows], device=device)[row]        # [N]
             gap = (logp - sampler).abs() * sampled                   # [N], of hinted and ground-truth rows it says nothing
             gap_max = max(gap_max, gap.max().item())
-            sums += torch.stack([total, was_clipped.sum(), entropy.sum(), gap.sum(), sampled.sum(), kl_penalty(logp, old).sum(),
+            sums += torch.stack([total, was_clipped.sum(), entropy.sum(), gap.sum(), sampled.sum(), kl_penalty(logp, sampler).sum(),
                                  kl_t.sum(), torch.tensor(float(len(logp)), device=device)]).double().cpu()
     total, was_clipped, entropy, gap, sampled, kl_sampler, kl_ref, tokens, *push = reduce_sum(
         [*sums.tolist(), *push.flatten().tolist()], device)

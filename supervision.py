@@ -46,7 +46,7 @@ def demonstrate(chat, task, a, limits, **kw):
     """Ground truth played through the LIVE environment (real tool results) -> an Episode whose model spans are trained."""
     episode = play(chat, Env(task, a.syntax, a.closing), demonstration(task, a.syntax), limits, **kw)
     if episode.reward != 1:
-        raise UserError(f"the ground truth of {task.id} does not fit into the limits ({episode.status}); raise "
+        raise UserError(f"the ground truth of {task.id} does not pass (status {episode.status}); if that is a limit, raise "
                         "--max_total_tokens or --max_messages.")
     return episode
 
@@ -327,35 +327,26 @@ class PRS(ETS):
     def __init__(self, *args):
         super().__init__(*args)
         self.judge = Judge(self.a) if self.a.judge_url else None
-        self.kept = []                           # [[step, task id, failed turn, [[turn, who, text, state]]]] of the window
+        self.kept = []                           # [[step, kind, task id, judge's prompt, embedded judge's answer]] of the window
 
     def observe(self, step, episodes):
         super().observe(step, episodes)
         for e in episodes:
-            if e.sample == 1:
-                self.kept.append([step, e.task_id, e.failed_turn, [[s.turn, s.who, s.text, s.state] for s in e.spans]])
+            task = self.tasks[e.task_id]
+            for kind, prompt in reflection_prompts(task, e, self.a.syntax, model=bool(self.judge)) if e.sample == 1 else ():
+                reflect = {"whole": reflect_whole, "error": reflect_error}[kind]
+                self.kept.append([step, kind, task.id, prompt, None if self.judge else reflect(task, e, self.a.syntax)])
         self.kept = [k for k in self.kept if k[0] > step - self.a.ets_window]
 
     def rows(self):
-        asked = []                               # [(kind, prompt, task, episode)]
-        for _, task_id, failed_turn, spans in self.kept:
-            episode = Episode(task_id, -1, failed_turn=failed_turn)
-            for turn, who, text, state in spans:
-                episode.append([], who, turn, text=text, state=state)
-            task = self.tasks[task_id]
-            asked += [(kind, prompt, task, episode) for kind, prompt
-                      in reflection_prompts(task, episode, self.a.syntax, model=self.judge is not None)]
+        prompts, answers = [k[3] for k in self.kept], [k[4] for k in self.kept]
         if self.judge:
-            answers = self.judge.answers([prompt for _, prompt, _, _ in asked])
-        else:
-            answers = [{"whole": reflect_whole, "error": reflect_error}[kind](task, episode, self.a.syntax)
-                       for kind, _, task, episode in asked]
-        rows = []
-        for (kind, prompt, task, _), answer in zip(asked, answers):
-            row = answer and text_row(self.chat, f"{kind}:{task.id}", prompt, answer)
-            if row and len(row.ids) <= self.limits.total:
-                rows.append(row)
-        self.skipped = len(asked) - len(rows)
+            answers = self.judge.answers(prompts)
+        talk = lambda prompt, answer: [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        rows = [dialogue_row(self.chat, f"{kind}:{task_id}", talk(prompt, answer))
+                for (_, kind, task_id, prompt, _), answer in zip(self.kept, answers) if answer]
+        rows = [row for row in rows if len(row.ids) <= self.limits.total]
+        self.skipped = len(prompts) - len(rows)
         return super().rows() + rows
 
     def state(self):
@@ -363,22 +354,13 @@ class PRS(ETS):
 
 
 def dialogue_row(chat, name, messages):
-    """[system, user, assistant, user, assistant, ...] -> an Episode whose assistant messages are trained"""
+    """[system,] user, assistant, user, assistant, ... -> an Episode whose assistant messages are trained"""
+    first = [m["role"] for m in messages].index("assistant")
     row = Episode(name, -1, source="truth")
-    row.append(chat.prompt(messages[:2]), "prompt", 0, text=messages[1]["content"])
-    for i, text in enumerate(m["content"] for m in messages[2:]):
-        if i % 2:
-            row.append(chat.observation(text), "user", 0, text=text)
-        else:
-            row.append(chat.message(text), "model", 0, text=text)
-    return row
-
-
-def text_row(chat, name, prompt, answer):
-    """One prompt -> text example, through the chat template; only the answer is trained."""
-    row = Episode(name, -1, source="truth")
-    row.append(chat.prompt([{"role": "user", "content": prompt}]), "prompt", 0, text=prompt)
-    row.append(chat.message(answer), "model", 0, text=answer, state="reply")
+    row.append(chat.prompt(messages[:first]), "prompt", 0, text=messages[first - 1]["content"])
+    for m in messages[first:]:
+        said = m["role"] == "assistant"
+        row.append((chat.message if said else chat.observation)(m["content"]), "model" if said else "user", 0, text=m["content"])
     return row
 
 

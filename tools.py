@@ -907,7 +907,8 @@ def _toolace_dialogue(row, syntax):
                              "content": f"<tool_response>\n{text}\n</tool_response>" if who == "tool" else text})
     except (ValueError, TypeError, KeyError, AttributeError):        # a list of tools or a call that is not what it should be
         return None
-    messages = messages[:len(messages) - (len(messages) % 2 == 0)]   # a last user message has no answer to learn
+    if messages[-1]["role"] == "user":
+        messages.pop()                           # it has no answer to learn
     asked, said = messages[1::2], messages[2::2]
     return messages if said and {m["role"] for m in asked} == {"user"} and {m["role"] for m in said} == {"assistant"} else None
 

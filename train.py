@@ -47,7 +47,7 @@ from tools import (BFCL_PACKAGES, CATEGORIES, CONTROL, STATES, BfclTask, Env, Us
                    make_tasks, parse, verdicts)
 
 SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous", "adaptive")
-# The defaults of --world bfcl: the paper's recipe, and all test tasks.
+# The defaults of --world bfcl: the paper's numbers (its restarts are flags of their own, see --fresh_optimizer), all test tasks.
 BFCL_DEFAULTS = dict(steps=300, prompts=60, lr=1e-6, sft_lr=1e-5, kl_weight=1e-4, warmup=10, sft_batch=128, max_messages=30,
                      max_message_tokens=2048, max_total_tokens=16_384, max_observation_tokens=1024, eval_tasks=1000)
 
@@ -196,7 +196,7 @@ def parse_args(argv=None):
     g.add_argument("--eval_every", type=int, default=25, help="evaluate every so many steps (-1 = only first and last)")
     g.add_argument("--probe_every", type=int, default=5, help="measure the control tokens' probabilities every so many steps "
                    "(analyze_tokens.py; -1 = never)")
-    g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (test tasks, never trained)")
+    g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (held-out tasks)")
     g.add_argument("--save_every", type=int, default=25, help="checkpoint every so many steps (-1 = only the last)")
     g.add_argument("--keep", type=int, default=2, help="newest checkpoints kept (-1 = all)")
     g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice; with "
@@ -254,8 +254,6 @@ def parse_args(argv=None):
         p.error("--acebench goes with --world bfcl")
     if a.sft_file and a.signal != "sft":
         p.error(f"--sft_file goes with --signal sft, not {a.signal}")
-    if a.signal == "prs" and a.group < 2:
-        p.error("prs reflects on rollout 1 of each group, so --group must be at least 2")
     if a.correction != "none" and a.retokenize:
         p.error("--correction compares with the sampler's log-probabilities, and --retokenize has none; drop one of them")
     if a.reanchor_kl and not a.kl_weight:
@@ -549,10 +547,15 @@ def cut_log(path, step):
 
 
 def tasks_of(a, split, category, n):
-    """The first n tasks of the chosen world. tiny has no validation split: it draws as many tasks as one wants."""
+    """The first n tasks of the chosen world. tiny has no validation split: its test tasks serve as both."""
     if a.world == "bfcl":
         return bfcl_tasks(split, category, n, a.validation)
     return make_tasks("train" if split == "train" else "test", category, n)
+
+
+def mixed_tasks(a, split, n):
+    """n tasks, a third of each training category"""
+    return [t for c in TRAIN_CATEGORIES for t in tasks_of(a, split, c, -(-n // 3))][:n]
 
 
 def evaluation_sets(a, split):
@@ -563,9 +566,7 @@ def evaluation_sets(a, split):
     sets = {c: [(t, a.syntax) for t in tasks_of(a, split, c, a.eval_tasks)] for c in categories}
     if a.world == "tiny":
         sets["content_ood"] = [(t, a.syntax) for t in make_tasks("test", "base", a.eval_tasks, held_out=True)]
-    n = len(sets["base"])
-    mixed = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, split, c, -(-n // 3))]
-    sets["format_ood"] = [(t, other) for t in mixed[:n]]
+    sets["format_ood"] = [(t, other) for t in mixed_tasks(a, split, len(sets["base"]))]
     if a.acebench and split == "test":
         entries = acebench_tasks(a.acebench, a.eval_tasks)
         sets |= {"ace_brackets": [(t, "B") for t in entries], "ace_tags": [(t, "A") for t in entries]}
@@ -642,7 +643,7 @@ def main(argv=None):
     reference = load_model(start_from, a, device)[0].eval().requires_grad_(False) if a.kl_weight > 0 else None
 
     # ---- data and signal --------------------------------------------------------------------------------------------
-    tasks = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, "train", c, -(-a.train_tasks // 3))][:a.train_tasks]
+    tasks = mixed_tasks(a, "train", a.train_tasks)
     test_sets = evaluation_sets(a, "test") if a.world == "bfcl" else {}       # looked at once, at the end of the run
     for task, syntax in [(t, a.syntax) for t in tasks] + sum([*sets.values(), *test_sets.values()], []):
         if (length := len(chat.prompt(Env(task, syntax).opening()))) >= a.max_total_tokens:
@@ -651,9 +652,9 @@ def main(argv=None):
     signal = SIGNALS[a.signal](a, chat, tasks, limits_of(a))
     if signal.note:
         say(signal.note)
-    shown = [t for c in TRAIN_CATEGORIES for t in tasks_of(a, "validation", c, -(-a.probe_tasks // 3))][:a.probe_tasks]
     wide = Limits(10**3, 10**6, 10**6, a.max_observation_tokens)         # the probe samples nothing, so no limit need cut it
-    probe_rows = [demonstrate(chat, t, a, wide) for t in shown] if rank == 0 and a.probe_every > 0 else []
+    shown = mixed_tasks(a, "validation", a.probe_tasks) if rank == 0 and a.probe_every > 0 else []
+    probe_rows = [demonstrate(chat, t, a, wide) for t in shown]
     with gathered(model):
         at_start, classes = truth_logprobs(model, probe_rows, a.micro_tokens), token_classes(chat)
     alarm = Alarm(a.alarm_factor, a.alarm_checks)
@@ -664,7 +665,7 @@ def main(argv=None):
 
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
-    # the step and the place where it is made.
+    # the step and the place where it is made. (PyTorch's generator is saved for models with dropout.)
     n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "since_switch": 0, "phase": "",
          "alarm": vars(alarm)}
     if checkpoint:
@@ -706,16 +707,13 @@ def main(argv=None):
             append_line(out / "metrics.jsonl", {"step": step, "alarm": int(alarm.on)} | row, rank)
 
         # ---- evaluation and checkpoint: the state BEFORE step number `step` -------------------------------------------
-        if step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0):
-            with sampling(engine, model):
-                scores = evaluate(engine, chat, sets, a, rank, world)
-            say(f"step {step:4d}  eval " + "  ".join(f"{k} {scores[k]:.3f}" for k in sets))
-            append_line(out / "metrics.jsonl", {"step": step} | {f"eval/{k}": v for k, v in scores.items()}, rank)
-        if step == last and test_sets:
-            with sampling(engine, model):
-                scores = evaluate(engine, chat, test_sets, a, rank, world)
-            say(table({"test": scores}))
-            append_line(out / "metrics.jsonl", {"step": step} | {f"test/{k}": v for k, v in scores.items()}, rank)
+        due = step in (0, last) or (a.eval_every > 0 and step % a.eval_every == 0)
+        for name, chosen in (("eval", sets if due else {}), ("test", test_sets if step == last else {})):
+            if chosen:
+                with sampling(engine, model):
+                    scores = evaluate(engine, chat, chosen, a, rank, world)
+                say(f"step {step:4d}  {name} " + "  ".join(f"{k} {scores[k]:.3f}" for k in chosen))
+                append_line(out / "metrics.jsonl", {"step": step} | {f"{name}/{k}": v for k, v in scores.items()}, rank)
         if step > start and (step == last or (a.save_every > 0 and step % a.save_every == 0)):
             weights, moments = whole_state(model, optimizer)
             anchor = get_model_state_dict(reference, options=WHOLE) if a.reanchor_kl else None
@@ -779,13 +777,12 @@ def main(argv=None):
             if a.retokenize:
                 episodes = [retokenized(chat, e) for e in episodes]
             unhinted = a.signal == "hbg" and not a.hint_in_update
-            foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)]
             corrected = a.correct if a.correction != "none" else ()
-            gap = recompute_logprobs(model, foreign, a.micro_tokens, corrected)
-            others = [e for e in episodes if e.source in corrected and e.old is None]
-            recompute_logprobs(model, others, a.micro_tokens, corrected)
-            if unhinted:
-                row["hint_log_ratio"] = gap              # mean of log p(token | hint) - log p(token | no hint)
+            foreign = [e for e in episodes if a.retokenize or e.source == "truth" or (e.source == "hinted" and unhinted)
+                       or e.source in corrected]
+            ratio = recompute_logprobs(model, foreign, a.micro_tokens, corrected)
+            if unhinted and not a.retokenize:
+                row["hint_log_ratio"] = ratio            # mean of log p(token | hint) - log p(token | no hint)
 
             # ---- advantages: compared with the own group ----------------------------------------------------------------
             adv = advantages(credit, [e.group_id for e in episodes], a.advantage == "std")
@@ -891,7 +888,7 @@ def append_line(path, row, rank):
 def record_episodes(path, step, chat, episodes, rank):
     """Of rank 0's episodes keep what one wants to read: the best, the worst, and one with a malformed message."""
     by_reward = sorted(episodes, key=lambda e: e.reward)
-    odd = [e for e in episodes if set(e.states) - {"call", "reply"}]
+    odd = [e for e in episodes if not is_clean(e.states)]
     picks = {id(e): e for e in [by_reward[-1], by_reward[0], *odd[:1]]}
     for e in picks.values():
         append_line(path, {"step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "reward": e.reward,
