@@ -467,19 +467,21 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
             for point, value in zip(("the open tag", "the name's start", "the name's end"), knows(m, chat, tasks, s, limits)):
                 note(f"{who}: teacher-forced, syntax {s}, calls right from {point} on", value)
     note("model, two rules (no end after <tool_call>, no <tool_call> inside text)", score(model, rule=two_rules(chat)))
-    note("model, control tokens decided by base", score(Swapped(model, base, control)))
-    note("model, the most frequent other tokens decided by base", score(Swapped(model, base, others)))
-    note("base, control tokens decided by model", score(Swapped(base, model, control)))
-    note("base, the most frequent other tokens decided by model", score(Swapped(base, model, others)))
+    for name, ids in (("control tokens", control), ("JSON punctuation", token_classes(chat)["json"]), ("the most frequent other tokens", others)):
+        note(f"model, {name} decided by base", score(Swapped(model, base, ids)))
+        note(f"base, {name} decided by model", score(Swapped(base, model, ids)))
     patched = copy.deepcopy(model)
     with torch.no_grad():
         patched.get_output_embeddings().weight[control] = base.get_output_embeddings().weight[control]
     note("model, output rows of the control tokens from base", score(patched))
+    repair = lambda m, steps, *only: repaired(m, chat, train, syntax, limits, steps, sft_lr, score, *only)
     for steps in (1, 2, 4, 8, 16):
-        note(f"model after {steps} SFT step(s)", repaired(model, chat, train, syntax, limits, steps, sft_lr, score))
+        note(f"model: after {steps} SFT steps", repair(model, steps))
+    note("base: after 16 SFT steps", repair(base, 16))               # what SFT teaches besides
+    torch.manual_seed(0)
+    note("a model without any training, after 16 SFT steps", repair(AutoModelForCausalLM.from_config(base.config), 16))
     for steps in (4, 16):
-        note(f"model after {steps} SFT steps on control tokens only",
-             repaired(model, chat, train, syntax, limits, steps, sft_lr, score, set(control)))
+        note(f"model: after {steps} SFT steps on control tokens only", repair(model, steps, set(control)))
     moved = (model.get_output_embeddings().weight - base.get_output_embeddings().weight).detach().norm(dim=-1)      # [V]
     for token in (OPEN, CLOSE, chat.text([chat.end_id])):
         note(f"drift of the output row of {token}, in medians of all rows", (moved[added[token]] / moved.median()).item())
@@ -557,8 +559,6 @@ def draw(paths, png):
 def heat(path, png):
     """Control token x slot over time, log10 of the mean probability: black = certain, white = 1e-5 or less."""
     plt, rows = pyplot(), [r for r in read_rows(path) if "p/open|off" in r]
-    if not rows:
-        raise UserError(f"{path} has no probes to draw; they need --probe_every in train.py.")
     fig, axes = plt.subplots(2, 3, figsize=(10, 4.6), sharex=True, sharey=True)
     names = {"open": OPEN, "close": CLOSE, "end": "<|im_end|>", "start": "<|im_start|>", "json": "JSON punctuation",
              "content": "content"}
@@ -619,8 +619,9 @@ def main(argv=None):
                 print(f"== {out}")
                 found[str(out)] = autopsy(out, a.autopsy, a.autopsy_tasks)
             elif a.plot or a.heat:
-                if a.plot and not any("reward" in r for r in read_rows(out)):
-                    raise UserError(f"{out} has no RL steps to draw.")
+                for flag, needs, what in (("plot", "reward", "RL steps"), ("heat", "p/open|off", "probes (--probe_every)")):
+                    if getattr(a, flag) and not any(needs in r for r in read_rows(out)):
+                        raise UserError(f"{out} has no {what} to draw.")
                 drawn.append(out)
             elif a.transcripts:
                 print(pages(out), end="\n\n")
@@ -629,14 +630,10 @@ def main(argv=None):
         except UserError as error:                                   # say it, and go on with the other runs
             print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
             status = 2
-    try:
-        if drawn and a.plot:
-            draw(drawn, a.plot)
-        if drawn and a.heat:
-            heat(drawn[0], a.heat)
-    except UserError as error:
-        print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
-        status = 2
+    if drawn and a.plot:
+        draw(drawn, a.plot)
+    if drawn and a.heat:
+        heat(drawn[0], a.heat)
     if found and a.json:
         Path(a.json).write_text(json.dumps(found, indent=1))
     return status
