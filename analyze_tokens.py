@@ -188,17 +188,17 @@ def rollout_metrics(done):
 
 
 class Alarm:
-    """On after `checks` values in a row above factor x baseline (the mean of the first 3 values), off after as many below half
-    of that: hysteresis, so that one odd probe neither rings nor silences it.
+    """On after `checks` values in a row above factor x the mean of the first `baseline` values, off after as many below half of
+    that: hysteresis, so that one odd probe neither rings nor silences it.
 
     Alarm(3, 2).update(v) for v in .02 .02 .02 .07 .05 .07 .08 .04 .02 .02  ->  on from .08 on (two above .06), off at the
     last value (two below .03)"""
 
-    def __init__(self, factor, checks):
-        self.factor, self.checks, self.first, self.run, self.on = factor, checks, [], 0, False
+    def __init__(self, factor, checks, baseline=3):
+        self.factor, self.checks, self.baseline, self.first, self.run, self.on = factor, checks, baseline, [], 0, False
 
     def update(self, value):
-        if len(self.first) < 3:
+        if len(self.first) < self.baseline:
             self.first.append(value)
             return self.on
         limit = self.factor * mean(self.first)

@@ -12,6 +12,7 @@ that no table or picture uses.
 """
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -62,6 +63,8 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "fast_adaptive": (FAST + " --signal ets --schedule adaptive --sft_budget 256", 3),
     "fast_ets_sync": (FAST + " --signal ets --schedule synchronous --sft_batch 16", 3),
     # the paper's side questions, and controls, at the main rate
+    "positive_only": ("--only positive", 3),
+    "negative_only": ("--only negative", 3),
     "shuffled_reward": ("--reward shuffled", 3),
     "ets_more_rows": ("--signal ets --schedule interleaved --sft_epochs 8", 3),     # about as many rows as prs trains
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
@@ -131,7 +134,8 @@ def run_one(name, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
-        "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize", "shuffled_reward")
+        "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize",
+        "positive_only", "negative_only", "shuffled_reward")
 CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")
@@ -174,27 +178,34 @@ def base_score(name):
     return json.loads((HERE / "study" / "base.json").read_text())[name]
 
 
-def falls(done, name):
-    """"2 of 5 (41, 77)": runs whose 5-step mean fell below a tenth of its peak for good, and when"""
-    steps = [found["step"] for rows in done if (found := collapse(rows, name=name))]
+def falls(done, name, share=0.1):
+    """"2 of 5 (41, 77)": runs whose 5-step mean fell below `share` of its peak for good, and when"""
+    steps = [found["step"] for rows in done if (found := collapse(rows, name=name, share=share))]
     return f"{len(steps)} of {len(done)}" + (f" ({', '.join(map(str, steps))})" if steps else "")
+
+
+def ground_truth(name, rows):
+    """Ground-truth conversations that the run has trained on, by whatever way: cross-entropy, or in the groups of ops"""
+    a = train.parse_args(RECIPES[name][0].split())
+    steps = sum("reward" in r for r in rows)
+    return sum(r.get("sft_visits", 0) for r in rows) + steps * a.prompts * a.ops_k * (a.signal == "ops")
 
 
 def recipe_table(names):
     """One line per recipe: mean over seeds (lowest to highest seed); rewards and messages of the last 10 RL steps, sampled; test
     tasks at the end, greedy"""
-    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, clean, % | other syntax, % | "
-             "clean reward collapsed (step) | SFT rows |", "|---" * 9 + "|"]
+    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, % | ... clean, % | other syntax, clean, % | "
+             "clean reward fell to 10 % | ... to 50 % | ground truth |", "|---" * 11 + "|"]
     for name in names:
         if not (done := runs(name)):
             continue
         rl = [rows for rows in done if any("reward" in r for r in rows)]
-        rows_trained = mean(sum(r.get("sft_visits", 0) for r in rows) for rows in done)
         lines.append(" | ".join([
             f"| `{name}`", str(len(done)), spread([late(r, "reward") for r in rl]), spread([late(r, "reward_clean") for r in rl]),
-            percent([late(r, *MALFORMED) for r in rl]), percent([final(r, "average_clean") for r in done]),
-            percent([final(r, "format_ood_clean") for r in done]), falls(rl, "reward_clean") if rl else "–",
-            f"{rows_trained:.0f} |"]))
+            percent([late(r, *MALFORMED) for r in rl]),
+            *(percent([final(r, score) for r in done]) for score in ("average", "average_clean", "format_ood_clean")),
+            *(falls(rl, "reward_clean", share) if rl else "–" for share in (0.1, 0.5)),
+            f"{mean(ground_truth(name, rows) for rows in done):.0f} |"]))
     return "\n".join(lines)
 
 
@@ -219,12 +230,19 @@ def series(rows, name):
 
 
 def rings(rows, name, factor):
-    """The step at which the alarm on this metric first rings, or None"""
-    alarm = Alarm(factor, 2)
+    """The step of the first probe at which the metric is above factor x its value at the start, or None. (The fastest alarm that
+    there can be. The one that train.py uses for its bursts, three probes as baseline and two in a row, is slower.)"""
+    alarm = Alarm(factor, checks=1, baseline=1)
     return next((step for step, value in series(rows, name) if alarm.update(value)), None)
 
 
 ALARM_RUNS = tuple(name for name, (flags, _) in RECIPES.items() if "--signal" not in flags)      # nothing treats the patient
+
+
+def alarm_runs():
+    """-> {"moderate rate": runs at 2e-4 and 5e-4, "large rate": runs at 1e-3}"""
+    return {rate: [rows for name in ALARM_RUNS if (FAST in RECIPES[name][0]) == (rate == "large rate") for rows in runs(name)]
+            for rate in ("moderate rate", "large rate")}
 
 
 def fall(rows, end=10):
@@ -240,19 +258,22 @@ def heard(done, name, factor):
     return [e - r for e, r in pairs if e is not None and r is not None and r <= e], sum(e is None and r is not None for e, r in pairs)
 
 
-def alarm_table():
+def alarm_table(factors=(2, 3, 5)):
     """All runs that nothing treats: did the clean reward halve for good (the fall)? Did the alarm ring before?"""
-    done = [rows for name in ALARM_RUNS for rows in runs(name)]
-    n = sum(fall(rows) is not None for rows in done)
-    lines = ["| metric | " + " | ".join(f"{factor} x: announced, median lead, false" for factor in (2, 3, 5, 10)) + " |",
-             "|---" * 5 + "|"]
+    lines = ["| metric | " + " | ".join(f"{f} x, {rate}" for f in factors for rate in alarm_runs()) + " |", "|---" * (1 + 2 * len(factors)) + "|"]
     for name in DETECTORS:
         cells = []
-        for factor in (2, 3, 5, 10):
-            leads, false = heard(done, name, factor)
-            cells.append(f"{len(leads)} of {n}, {f'{statistics.median(leads):.0f}' if leads else '–'}, {false} of {len(done) - n}")
-        lines.append(f"| {name.replace('|', ', ')} | " + " | ".join(cells) + " |")
+        for factor in factors:
+            for done in alarm_runs().values():
+                leads, false = heard(done, name, factor)
+                n = sum(fall(rows) is not None for rows in done)
+                cells.append(f"{len(leads)} of {n}{f' ({statistics.median(leads):.0f})' if leads else ''}; {false} of {len(done) - n}")
+        lines.append(f"| {code(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def code(name):
+    return "`" + name.replace("|", "\\|") + "`"
 
 
 def change(rows, name):
@@ -270,19 +291,53 @@ def welch(a, b):
     return np.mean(a) - np.mean(b), T95[max(2, min(8, int(freedom)))] * (va + vb) ** 0.5
 
 
+def points(a, b):
+    """Two lists of seeds -> "+5 (-18 to +28)": the difference of their means in points, with its 95 % interval"""
+    difference, half = (100 * x for x in welch(a, b))
+    return f"{difference:+.0f} ({difference - half:+.0f} to {difference + half:+.0f})"
+
+
 def crossing_table(names=MAIN):
-    """Does a recipe trade the other syntax for the trained one? Change of greedy scores from start to end, in points; the last
-    column is (trained - other) of the recipe minus the same of `none`, with the 95 % interval over seeds."""
-    lines = ["| recipe | trained syntax | other syntax | (trained - other), difference to `none` |", "|---" * 4 + "|"]
-    gaps = lambda done: [100 * (change(r, "average_clean") - change(r, "format_ood_clean")) for r in done]
-    plain = gaps(runs("none"))
+    """Does a recipe trade the other syntax for the trained one? Change of greedy clean scores from start to end, in points, and
+    its difference to `none`, with the 95 % interval over seeds."""
+    lines = ["| recipe | trained syntax | other syntax | trained, difference to `none` | other, difference to `none` |", "|---" * 5 + "|"]
     for name in names:
         if len(done := runs(name)) < 2:
             continue
-        difference, half = welch(gaps(done), plain)
-        both = [percent([change(r, metric) for r in done]) for metric in ("average_clean", "format_ood_clean")]
-        cell = f"{difference:+.0f} ({difference - half:+.0f} to {difference + half:+.0f})" if name != "none" else "–"
-        lines.append(f"| `{name}` | {both[0]} | {both[1]} | {cell} |")
+        both = [[change(r, metric) for r in done] for metric in ("average_clean", "format_ood_clean")]
+        plain = [[change(r, metric) for r in runs("none")] for metric in ("average_clean", "format_ood_clean")]
+        cells = ["–", "–"] if name == "none" else [points(a, b) for a, b in zip(both, plain)]
+        lines.append(f"| `{name}` | {' | '.join(map(percent, both))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def permutation(a, b):
+    """Exact two-sided p of the difference of means: how many of all ways to split the seeds differ at least as much?"""
+    both, observed = np.array([*a, *b]), abs(np.mean(a) - np.mean(b))
+    splits = [both[list(pick)].sum() for pick in itertools.combinations(range(len(both)), len(a))]
+    others = [abs(x / len(a) - (both.sum() - x) / len(b)) for x in splits]
+    return np.mean([d >= observed - 1e-12 for d in others])
+
+
+def evidence_table():
+    """The comparisons that the text leans on"""
+    score = lambda name, metric: [final(r, metric) for r in runs(name)]
+    dirty = lambda name: [late(r, *MALFORMED) for r in runs(name)]
+    rl = [name for name in MAIN if name != "sft" and runs(name)]
+    ends = [(final(r, "average_clean"), final(r, "format_ood_clean")) for name in rl for r in runs(name)]
+    middle = lambda m: [(next(r[m] for r in rows if r["step"] >= 50 and m in r), rows[-1][m]) for name in rl for rows in runs(name)]
+    lines = ["| question | answer |", "|---|---|"]
+    def line(question, a, b):
+        lines.append(f"| {question} | {points(a, b)}, p = {permutation(a, b):.2f} |")
+    line("malformed messages at the end: `strict` - `none`", dirty("strict"), dirty("none"))
+    for metric, what in (("average_clean", "test tasks, clean"), ("average", "test tasks")):
+        for one, other in (("strict", "none"), ("ops", "none"), ("prs", "none"), ("ets_more_rows", "none"), ("ets_more_rows", "ets"),
+                           ("adaptive", "random_time")):
+            if len(runs(one)) > 1 and len(runs(other)) > 1:
+                line(f"{what}: `{one}` - `{other}`", score(one, metric), score(other, metric))
+    lines.append(f"| trained against other syntax at the end, clean: correlation over all {len(ends)} RL runs | {np.corrcoef(*zip(*ends))[0, 1]:+.2f} |")
+    for m, what in (("eval/average_clean", "trained"), ("eval/format_ood", "other")):
+        lines.append(f"| RL runs whose {what} syntax is worse at the end than at step 50 | {sum(b < a for a, b in middle(m))} of {len(ends)} |")
     return "\n".join(lines)
 
 
@@ -299,17 +354,19 @@ def peak_step(rows, name):
     return steps[values.index(max(values))], max(values)
 
 
-def story_table(names=("none", "fast", "fast_strict")):
-    """One line per run: how fast, and in which order"""
-    lines = ["| run | clean reward: 80 % of its peak to 10 %, steps | polluted: highest, step | collapsed: highest, step | "
-             "P(`<tool_call>` where text should begin): first, highest |", "|---" * 5 + "|"]
-    for name in names:
+def story_table():
+    """One line per run that collapsed: how fast, in which order, and what the messages had become"""
+    lines = ["| run | 80 % of the clean reward's peak to 10 %, steps | polluted: highest, step | collapsed: highest, step | "
+             "P(`<tool_call>` where text should begin): first, highest | messages of the last 5 steps, % |", "|---" * 6 + "|"]
+    for name in RECIPES:
         for seed, rows in zip(seeds(name), runs(name)):
+            if not (found := collapse(rows, name="reward_clean")):
+                continue
             (a, polluted), (b, collapsed) = peak_step(rows, "state/polluted"), peak_step(rows, "state/collapsed")
             opens = [r["p/open|text"] for r in rows if "p/open|text" in r]
-            drop = drop_steps(rows, "reward_clean")
-            lines.append(f"| {name}-seed{seed} | {'–' if drop is None else drop} | {polluted:.2f}, {a} | {collapsed:.2f}, {b} | "
-                         f"{opens[0]:.3f}, {max(opens):.3f} |")
+            lines.append(f"| {name}-seed{seed} | {drop_steps(rows, 'reward_clean')} | {polluted:.2f}, {a} | {collapsed:.2f}, {b} | "
+                         f"{opens[0]:.3f}, {max(opens):.3f} | "
+                         + ", ".join(f"{s} {100 * v:.0f}" for s, v in found["after"].items() if v >= 0.01) + " |")
     return "\n".join(lines)
 
 
@@ -406,7 +463,7 @@ def bars(plt, png, names=MAIN):
 
 def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     """How many falls each metric announces (and how early), against how often it cries wolf, as its threshold moves"""
-    done = [rows for name in ALARM_RUNS for rows in runs(name)]
+    done = [rows for group in alarm_runs().values() for rows in group]
     n = sum(fall(rows) is not None for rows in done)
     quiet = len(done) - n
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
@@ -420,14 +477,14 @@ def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     left.set_ylabel(f"alarm before the fall (share of {n})")
     left.legend()
     right.set_xscale("log")
-    right.set_xlabel("threshold, times the first three probes")
+    right.set_xlabel("threshold, times the value at the start")
     right.set_ylabel("median lead, steps")
     fig.tight_layout()
     fig.savefig(png, dpi=110)
     plt.close(fig)
 
 
-TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "autopsy": autopsy_table,
+TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table, "autopsy": autopsy_table,
           "main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
 
 
