@@ -11,7 +11,9 @@ again. (The paper's release does re-encode, and thereby trains end tokens that t
 import copy
 import os
 import tempfile
+import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -382,22 +384,25 @@ class VLLMEngine:
                             f"which needs {need:.2g}; raise it to several times that.")
         config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
         before = {name: os.environ.get(name) for name in ("LOCAL_WORLD_SIZE", "LD_PRELOAD")}
-        with tempfile.TemporaryDirectory() as folder:        # the architecture is all that vLLM reads; weights come by `load`
-            config.save_pretrained(folder)
-            self.llm = LLM(
-                model=folder, load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
-                max_model_len=max_tokens,
-                # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
-                logprobs_mode="processed_logprobs",
-                # The size of the cache is given, so the share of the GPU is only a check at start-up, which would count the
-                # trainer's memory as taken. A full cache is no error: the youngest conversations wait.
-                kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01, enable_prefix_caching=True,
-                enable_sleep_mode=self.sleeps, seed=0,
-                # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request with a seed
-                # of its own rewinds its random numbers after the first part, which a CPU's generator cannot do
-                **({} if self.sleeps else {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}),
-                # under torchrun: takes the process group that exists, and GPU number LOCAL_RANK
-                **({"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}))
+        # The architecture is all that vLLM reads; weights come by `load`. The folder has the same name in every run of this model,
+        # because vLLM's cache of compiled kernels goes by it.
+        name = zlib.crc32(config.to_json_string().encode())
+        folder = Path(tempfile.gettempdir(), f"vllm-{name:08x}-{os.getuid()}-{os.environ.get('RANK', 0)}")
+        config.save_pretrained(folder)
+        self.llm = LLM(
+            model=str(folder), load_format="dummy", skip_tokenizer_init=True, generation_config="vllm", dtype=dtype,
+            max_model_len=max_tokens,
+            # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
+            logprobs_mode="processed_logprobs",
+            # The size of the cache is given, so the share of the GPU is only a check at start-up, which would count the
+            # trainer's memory as taken. A full cache is no error: the youngest conversations wait.
+            kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01, enable_prefix_caching=True,
+            enable_sleep_mode=self.sleeps, seed=0,
+            # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request with a seed
+            # of its own rewinds its random numbers after the first part, which a CPU's generator cannot do
+            **({} if self.sleeps else {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}),
+            # under torchrun: takes the process group that exists, and GPU number LOCAL_RANK
+            **({"distributed_executor_backend": "external_launcher"} if "RANK" in os.environ else {}))
         for name, value in before.items():       # vLLM overwrites both, for itself and for every process started later
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         self.load(model)

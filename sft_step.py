@@ -155,6 +155,8 @@ def optimizer_step(model, optimizer, max_norm, loss=0.0):
     The losses are divided by GLOBAL counts, so ranks add up (not average). A non-finite loss or gradient skips the
     update: the norm is computed after the sum, so every rank sees the same number and takes the same decision, and one
     bad micro-batch cannot leave the ranks with different weights."""
+    if is_sharded(model):
+        model.reshard()                                              # else the root's parameters are still the whole copies
     params = [p for p in model.parameters() if p.requires_grad]
     for p in params:
         if p.grad is None:                                           # this rank had nothing to train on: it adds zero
@@ -166,8 +168,6 @@ def optimizer_step(model, optimizer, max_norm, loss=0.0):
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = math.isfinite(norm.item()) and math.isfinite(loss)
-    if is_sharded(model):
-        model.reshard()                                              # no whole copy may outlive the weights that it was made of
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -208,8 +208,9 @@ def gathered(model):
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
     yield
-    for m in parts:
-        m.reshard()
+    if parts:                                                        # reshards; and forgets passes that other ranks did not make:
+        model.reset_iter_state()                                     # backward gathers in the order of the passes before it, and
+    for m in parts:                                                  # ranks with different memories would wait for one another
         m.set_reshard_after_forward(m is not model, recurse=False)   # the root stays whole until its backward: token_logprobs
                                                                      # uses the output weights after the forward pass
 

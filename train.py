@@ -21,6 +21,7 @@ import random
 import shutil
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -326,15 +327,17 @@ def start_processes(a):
         torch.set_num_threads(a.threads)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = a.device if a.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device} is not supported; use --device cuda, and choose GPUs with CUDA_VISIBLE_DEVICES.")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {a.device}, but PyTorch sees no CUDA device here; use --device cpu.")
-    if device.startswith("cuda") and a.packed and a.compute_dtype == "float32":
+    if device == "cuda" and a.packed and a.compute_dtype == "float32":
         raise UserError("--packed on a GPU needs 16 bits, its kernel knows no others; add --shard --compute_dtype bfloat16.")
     if device == "cuda":
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ or a.shard:                              # FSDP needs a process group even for one process
-        if os.environ.get("RANK") == "0" and a.model == "tiny" and not Path(tiny_folder(a)).exists():
+        if os.environ.get("RANK", "0") == "0" and a.model == "tiny" and not Path(tiny_folder(a)).exists():
             build_tiny(a, tiny_folder(a))        # before there is a group: it sums over ranks, and the others do not take part
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", **alone,
@@ -420,7 +423,9 @@ def load_model(name, a, device):
 def make_engine(a, model, chat):
     if a.engine == "hf":
         return HFEngine(model, chat.stop_ids)
-    return VLLMEngine(model, chat.stop_ids, a.max_total_tokens, a.kv_cache_gb, a.engine_dtype)
+    engine = VLLMEngine(model, chat.stop_ids, a.max_total_tokens, a.kv_cache_gb, a.engine_dtype)
+    engine.sleep()                               # until `sampling` wakes it: the probe and the trainer come first
+    return engine
 
 
 @contextmanager
@@ -669,7 +674,7 @@ def main(argv=None):
     n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "since_switch": 0, "phase": "",
          "alarm": vars(alarm)}
     if checkpoint:
-        state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True, mmap=True)      # the ranks share its pages
         n = state["counters"]
         if a.shard:
             set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
@@ -897,19 +902,26 @@ def record_episodes(path, step, chat, episodes, rank):
 
 def cli(argv=None):
     """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130"""
-    status = 0
+    status, alone, rank = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1, int(os.environ.get("RANK", 0))
     try:
         main(argv)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
+        time.sleep(5 if rank else 0)             # mostly all ranks fail alike: then rank 0 has said it, and this one is dead by now
+        print(f"train.py: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("\ntrain.py: interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
         status = 130
-    # Not after any other exception: leaving the group can wait for ranks that wait for this one. It must die, so that torchrun
-    # ends them. Nor with vLLM, whose engine leaves the group at exit and fails if that is done.
-    if dist.is_initialized() and "vllm" not in sys.modules:
+    except Exception:
+        if alone:
+            raise
+        traceback.print_exc()
+        status = 1
+    if status and not alone:                     # die at once, so that torchrun ends the others: an orderly exit would wait, in
+        sys.stdout.flush()                       # the process group's destructor, for ranks that wait for this one
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized() and "vllm" not in sys.modules:          # vLLM's engine leaves the group itself, at exit
         gc.collect()                             # FSDP's modules are cycles that hold the group; if it lives on until the
         dist.destroy_process_group()             # interpreter ends, its threads end the process with an abort, now and then
     return status

@@ -403,6 +403,23 @@ def test_sharded_over_two_processes_is_one_process(folder):
     assert near(rows("runs/plain"), rows("runs/sharded"))
 
 
+def test_a_probe_on_one_rank_leaves_the_sharded_ranks_in_step(folder):
+    """Rank 0 alone runs the model in the probe; the backward pass right after it must gather the same layers on both."""
+    args = [*RUN, "--tiny_layers", "2", "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4", "--probe_every", "1",
+            "--eval_every", "-1", "--shard"]
+    done = command(*args, "--out", "runs/instep", cwd=folder, n=2)
+    assert done.returncode == 0, done.stderr
+    assert [r["skipped_updates"] for r in rows("runs/instep") if "phase" in r] == [0, 0, 0]
+
+
+def test_a_sharded_update_without_any_mixed_group(folder):
+    """The trainer's log-probabilities were just measured, so the root's weights are whole; and there is no backward pass to cut them."""
+    args = [*RUN, "--tiny_layers", "2", "--shard", "--compute_dtype", "bfloat16", "--correction", "token", "--steps", "1", "--eval_every", "-1"]
+    assert command(*args, "--out", "runs/unmixed", cwd=folder).returncode == 0
+    step = next(r for r in rows("runs/unmixed") if "phase" in r)
+    assert step["mixed_groups"] == step["grad_norm"] == step["skipped_updates"] == 0 and step["tokens"] > 0
+
+
 def test_bfloat16_compute_keeps_float32_masters(folder):
     args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4", "--eval_every", "-1"]
     assert command(*args, "--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/bf16", cwd=folder).returncode == 0
