@@ -46,7 +46,7 @@ def read_rows(out):
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
     if path.suffix == ".csv":
         with open(path, newline="") as f:
-            return [{k: v if k == "phase" else float(v) if set(v) & set(".en") else int(v) for k, v in row.items() if v}
+            return [{k: v if k == "phase" else int(v) if v.lstrip("-").isdigit() else float(v) for k, v in row.items() if v}
                     for row in csv.DictReader(f)]
     lines, rows = path.read_text().splitlines(), []
     for i, line in enumerate(lines):
@@ -437,7 +437,7 @@ def risers(model, base, chat, rows, top=5):
 
 
 def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
-    """-> {"line of the report": number}; printed by --autopsy, a JSON file with --json"""
+    """-> {"line of the report": number}; printed by --autopsy, a JSON file with --json. It plays the embedded world's tasks."""
     (model, chat, flags), (base, _, _) = load(path), load(against)
     syntax, closing = flags.get("syntax", "A"), flags.get("closing", "lenient")
     limits = Limits(flags.get("max_messages", 16), flags.get("max_message_tokens", 64), flags.get("max_total_tokens", 1024),
@@ -492,7 +492,8 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
 
 
 def probe_text(path, n_tasks=30):
-    """The probe of any checkpoint, as text: one line per class, one column per slot; * where that token is right"""
+    """The probe of any checkpoint on the embedded world's ground truth, as text: one line per class, one column per slot; * where that
+    token is right"""
     model, chat, flags = load(path)
     syntax, limits = flags.get("syntax", "A"), Limits(20, 1024, 4096, 256)
     tasks = [t for c in CATEGORIES[:3] for t in make_tasks("test", c, -(-n_tasks // 3))][:n_tasks]
@@ -549,6 +550,7 @@ def draw(paths, png):
     for ax, label in zip(axes[:, 0], ("reward (mean of 5 steps)\n^ = an SFT phase", "share of messages",
                                       "P(<tool_call>)\nwhere text should begin", "mean change of log p\n(ground truth, nats)")):
         ax.set_ylabel(label)
+    axes[0, 0].set_ylim(0, 1.4 * axes[0, 0].get_ylim()[1])            # room for the legend
     axes[0, 0].legend(loc="upper left")
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES))
     fig.tight_layout(rect=(0, 0.03, 1, 1))

@@ -3,7 +3,7 @@
     python results/study.py                      run what is missing (hours on two cores), then pack the rows
     python results/study.py --list               what there is to run, and what is done
     python results/study.py --only none ets      some recipes
-    python results/study.py --tables             the tables of README, from the packed rows alone
+    python results/study.py --tables             the tables of the two READMEs again, from the packed rows alone
 
 Each run is one `train.py` command line: COMMON plus a line of RECIPES plus --seed. Runs live under runs/study/ and continue
 where they were interrupted. A finished run is evaluated once more, under the same rule whatever it was trained with (columns
@@ -63,7 +63,7 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "fast_adaptive": (FAST + " --signal ets --schedule adaptive --sft_budget 256", 3),
     "fast_ets_sync": (FAST + " --signal ets --schedule synchronous --sft_batch 16", 3),
     # the paper's side questions, and controls, at the main rate
-    "positive_only": ("--only positive", 3),
+    "positive_only": ("--only positive", 5),
     "negative_only": ("--only negative", 3),
     "shuffled_reward": ("--reward shuffled", 3),
     "ets_more_rows": ("--signal ets --schedule interleaved --sft_epochs 8", 3),     # about as many rows as prs trains
@@ -134,9 +134,8 @@ def run_one(name, seed):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
-        "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize",
-        "positive_only", "negative_only", "shuffled_reward")
-CAUSES = tuple(name for name in RECIPES if name.startswith("fast"))
+        "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize")
+CAUSES = ("shuffled_reward", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
@@ -370,7 +369,7 @@ def story_table():
     return "\n".join(lines)
 
 
-def pressure_table(names=("none", "strict", "ets", "fast", "fast_random_reward"), first=0):
+def pressure_table(names=("none", "strict", "fast", "fast_random_reward", "fast_shuffled_reward", "fast_negative_only", "fast_positive_only"), first=0):
     """Who pushes the logit of the open tag and of the end token? Per RL step (from `first` on) and 1,000 trained tokens"""
     lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
              "|---" * 7 + "|"]
@@ -383,24 +382,27 @@ def pressure_table(names=("none", "strict", "ets", "fast", "fast_random_reward")
     return "\n".join(lines)
 
 
-def autopsy_table():
+SHORT = ("task reward, greedy", "clean reward, greedy", "of the failures, sampled", "syntax A, calls right from the open tag", "syntax B, calls right from the open tag",
+         "two rules", "model, control tokens", "base, control tokens", "model, JSON", "base, JSON", "model, the most", "base, the most", "after 4 SFT steps",
+         "after 16 SFT steps")
+
+
+def autopsy_table(short=False):
     """results/study/autopsy.json: {checkpoint: {line of the report: number}} -> one column per checkpoint, base first"""
-    path = HERE / "study" / "autopsy.json"
-    if not path.exists():
-        return "(no autopsy yet)"
-    reports = {Path(k).name: v for k, v in json.loads(path.read_text()).items()}
+    reports = {Path(k).name: v for k, v in json.loads((HERE / "study" / "autopsy.json").read_text()).items()}
     first = next(iter(reports.values()))
     lines = ["| | base | " + " | ".join(reports) + " |", "|---" * (2 + len(reports)) + "|"]
     for name in first:
-        if name.startswith("base: "):
+        if name.startswith("base: ") or name == "risers" or (short and ("only" in name or not any(part in name for part in SHORT))):
             continue
         plain = name.removeprefix("model: ")
         values = [first.get(f"base: {plain}"), *(report.get(name) for report in reports.values())]
-        if name != "risers":
-            shown = re.sub(r"</?tool_call>", r"`\g<0>`", plain).replace("<|im_end|>", "the end token")      # Markdown eats both
-            lines.append(f"| {shown} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
-    risen = [", ".join(f"`{token!r}` {after:.3f}" for token, _, after in report["risers"][:3]) for report in reports.values()]
-    return "\n".join([*lines, "| what rose most where it does not belong, mean probability | | " + " | ".join(risen) + " |"])
+        shown = re.sub(r"</?tool_call>", r"`\g<0>`", plain).replace("<|im_end|>", "the end token")      # Markdown eats both
+        lines.append(f"| {shown} | " + " | ".join("" if v is None else f"{v:.2f}" for v in values) + " |")
+    if not short:
+        risen = [", ".join(f"`{token!r}` {after:.3f}" for token, _, after in report["risers"][:3]) for report in reports.values()]
+        lines.append("| what rose most where it does not belong, mean probability | | " + " | ".join(risen) + " |")
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -484,12 +486,17 @@ def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     plt.close(fig)
 
 
-TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table, "autopsy": autopsy_table,
+TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table, "autopsy": autopsy_table, "autopsy_short": lambda: autopsy_table(short=True),
           "main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
 
 
-def tables():
-    return "\n\n".join(f"<!-- study: {name} -->\n{make()}" for name, make in TABLES.items())
+PAGES = (ROOT / "README.md", HERE / "study" / "README.md")
+MARKED = re.compile(r"(?<=<!-- study: )(\S+) -->\n(.*?)(?=\n\n|\Z)", re.S)      # tests/test_results.py compares each with its rows
+
+
+def write():
+    for page in PAGES:
+        page.write_text(MARKED.sub(lambda m: f"{m[1]} -->\n{TABLES[m[1]]()}", page.read_text()))
 
 
 def main():
@@ -499,11 +506,11 @@ def main():
     p.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
     p.add_argument("--list", action="store_true", help="show the command lines and what is done")
     p.add_argument("--pictures", action="store_true", help="draw results/study/*.png from the packed rows")
-    p.add_argument("--tables", action="store_true", help="print README's tables from results/study/*.csv")
+    p.add_argument("--tables", action="store_true", help="make the tables in README.md and results/study/README.md again, from the rows")
     a = p.parse_args()
     jobs = work(a.only, a.seeds)
     if a.tables:
-        print(tables())
+        write()
     elif a.pictures:
         pictures()
     elif a.list:
