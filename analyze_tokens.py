@@ -467,7 +467,8 @@ def autopsy(path, against, n_tasks=30, sft_lr=5e-4):
             for point, value in zip(("the open tag", "the name's start", "the name's end"), knows(m, chat, tasks, s, limits)):
                 note(f"{who}: teacher-forced, syntax {s}, calls right from {point} on", value)
     note("model, two rules (no end after <tool_call>, no <tool_call> inside text)", score(model, rule=two_rules(chat)))
-    for name, ids in (("control tokens", control), ("JSON punctuation", token_classes(chat)["json"]), ("the most frequent other tokens", others)):
+    for name, ids in (("control tokens", control), ("JSON punctuation", token_classes(chat)["json"]),
+                      ("the most frequent other tokens", others)):
         note(f"model, {name} decided by base", score(Swapped(model, base, ids)))
         note(f"base, {name} decided by model", score(Swapped(base, model, ids)))
     patched = copy.deepcopy(model)

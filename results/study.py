@@ -193,8 +193,8 @@ def ground_truth(name, rows):
 def recipe_table(names):
     """One line per recipe: mean over seeds (lowest to highest seed); rewards and messages of the last 10 RL steps, sampled; test
     tasks at the end, greedy"""
-    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, % | ... clean, % | other syntax, clean, % | "
-             "clean reward fell to 10 % | ... to 50 % | ground truth |", "|---" * 11 + "|"]
+    lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, % | ... clean, % | "
+             "other syntax, clean, % | clean reward fell to 10 % | ... to 50 % | ground truth |", "|---" * 11 + "|"]
     for name in names:
         if not (done := runs(name)):
             continue
@@ -259,7 +259,8 @@ def heard(done, name, factor):
 
 def alarm_table(factors=(2, 3, 5)):
     """All runs that nothing treats: did the clean reward halve for good (the fall)? Did the alarm ring before?"""
-    lines = ["| metric | " + " | ".join(f"{f} x, {rate}" for f in factors for rate in alarm_runs()) + " |", "|---" * (1 + 2 * len(factors)) + "|"]
+    lines = ["| metric | " + " | ".join(f"{f} x, {rate}" for f in factors for rate in alarm_runs()) + " |",
+             "|---" * (1 + 2 * len(factors)) + "|"]
     for name in DETECTORS:
         cells = []
         for factor in factors:
@@ -334,9 +335,11 @@ def evidence_table():
                            ("adaptive", "random_time")):
             if len(runs(one)) > 1 and len(runs(other)) > 1:
                 line(f"{what}: `{one}` - `{other}`", score(one, metric), score(other, metric))
-    lines.append(f"| trained against other syntax at the end, clean: correlation over all {len(ends)} RL runs | {np.corrcoef(*zip(*ends))[0, 1]:+.2f} |")
+    together = np.corrcoef(*zip(*ends))[0, 1]
+    lines.append(f"| trained against other syntax at the end, clean: correlation over all {len(ends)} RL runs | {together:+.2f} |")
     for m, what in (("eval/average_clean", "trained"), ("eval/format_ood", "other")):
-        lines.append(f"| RL runs whose {what} syntax is worse at the end than at step 50 | {sum(b < a for a, b in middle(m))} of {len(ends)} |")
+        worse = sum(after < before for before, after in middle(m))
+        lines.append(f"| RL runs whose {what} syntax is worse at the end than at step 50 | {worse} of {len(ends)} |")
     return "\n".join(lines)
 
 
@@ -369,7 +372,8 @@ def story_table():
     return "\n".join(lines)
 
 
-def pressure_table(names=("none", "strict", "fast", "fast_random_reward", "fast_shuffled_reward", "fast_negative_only", "fast_positive_only"), first=0):
+def pressure_table(names=("none", "strict", "fast", *(f"fast_{x}" for x in ("random_reward", "shuffled_reward", "negative_only",
+                                                                             "positive_only"))), first=0):
     """Who pushes the logit of the open tag and of the end token? Per RL step (from `first` on) and 1,000 trained tokens"""
     lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
              "|---" * 7 + "|"]
@@ -382,9 +386,9 @@ def pressure_table(names=("none", "strict", "fast", "fast_random_reward", "fast_
     return "\n".join(lines)
 
 
-SHORT = ("task reward, greedy", "clean reward, greedy", "of the failures, sampled", "syntax A, calls right from the open tag", "syntax B, calls right from the open tag",
-         "two rules", "model, control tokens", "base, control tokens", "model, JSON", "base, JSON", "model, the most", "base, the most", "after 4 SFT steps",
-         "after 16 SFT steps")
+SHORT = ("task reward, greedy", "clean reward, greedy", "of the failures, sampled", "syntax A, calls right from the open tag",
+         "syntax B, calls right from the open tag", "two rules", "model, control tokens", "base, control tokens", "model, JSON", "base, JSON",
+         "model, the most", "base, the most", "after 4 SFT steps", "after 16 SFT steps")
 
 
 def autopsy_table(short=False):
@@ -486,7 +490,8 @@ def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     plt.close(fig)
 
 
-TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table, "autopsy": autopsy_table, "autopsy_short": lambda: autopsy_table(short=True),
+TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table,
+          "autopsy": autopsy_table, "autopsy_short": lambda: autopsy_table(short=True),
           "main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
 
 
