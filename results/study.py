@@ -329,10 +329,11 @@ def evidence_table():
     lines = ["| question | answer |", "|---|---|"]
     def line(question, a, b):
         lines.append(f"| {question} | {points(a, b)}, p = {permutation(a, b):.2f} |")
-    line("malformed messages at the end: `strict` - `none`", dirty("strict"), dirty("none"))
+    for one in ("strict", "positive_only"):
+        line(f"malformed messages at the end: `{one}` - `none`", dirty(one), dirty("none"))
     for metric, what in (("average_clean", "test tasks, clean"), ("average", "test tasks")):
-        for one, other in (("strict", "none"), ("ops", "none"), ("prs", "none"), ("ets_more_rows", "none"), ("ets_more_rows", "ets"),
-                           ("adaptive", "random_time")):
+        for one, other in (("strict", "none"), ("positive_only", "none"), ("ops", "none"), ("prs", "none"), ("ets_more_rows", "none"),
+                           ("ets_more_rows", "ets"), ("adaptive", "random_time")):
             if len(runs(one)) > 1 and len(runs(other)) > 1:
                 line(f"{what}: `{one}` - `{other}`", score(one, metric), score(other, metric))
     together = np.corrcoef(*zip(*ends))[0, 1]
