@@ -46,8 +46,9 @@ def demonstrate(chat, task, a, limits, **kw):
     """Ground truth played through the LIVE environment (real tool results) -> an Episode whose model spans are trained."""
     episode = play(chat, Env(task, a.syntax, a.closing), demonstration(task, a.syntax), limits, **kw)
     if episode.reward != 1:
-        raise UserError(f"the ground truth of {task.id} does not pass (status {episode.status}); if that is a limit, raise "
-                        "--max_total_tokens or --max_messages.")
+        raise UserError(f"the ground truth of {task.id} " + (
+            f"does not fit into the limits ({episode.status}); raise --max_total_tokens or --max_messages."
+            if episode.status.endswith("limit") else f"is graded as wrong (user turn {episode.failed_turn}); leave that task out."))
     return episode
 
 

@@ -255,10 +255,13 @@ def made(rewards, **columns):
 def test_alarm_and_fall_on_made_up_rows():
     rows = made([.4] * 20 + [.0] * 20, **{"p/moved": [.1] * 10 + [.5] * 30})
     assert collapse(rows)["step"] == 24 and collapse(rows, share=0.5)["step"] == 22 and collapse(made([.4] * 40)) is None
-    assert study.rings(rows, "p/moved", 3) == 11 and study.rings(rows, "p/moved", 6) is None
+    assert study.rings(rows, "p/moved", 3) == 10 and study.rings(rows, "p/moved", 6) is None
     assert study.fall(rows) == 22 and study.fall(rows[:30]) is None                  # too near its end to say "for good"
-    assert study.heard([rows, made([.4] * 40, **{"p/moved": [.1] * 10 + [.5] * 30})], "p/moved", 3) == ([11], 1)
+    assert study.heard([rows, made([.4] * 40, **{"p/moved": [.1] * 10 + [.5] * 30})], "p/moved", 3) == ([12], 1)
     assert study.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
+    assert study.permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20) and study.permutation([1, 2], [1, 2]) == 1
+    assert study.points([.2, .2, .2], [.1, .1, .1]) == "+10 (+10 to +10)"
+    assert study.ground_truth("ops", rows) == 40 * 12 and study.ground_truth("ets", [*rows, {"sft_visits": 7}]) == 7
     assert study.falls([rows, made([.4] * 40)], "reward") == "1 of 2 (24)"
     assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)" and study.late(rows, "reward", n=30) == pytest.approx(.4 / 3)
 
