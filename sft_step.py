@@ -1,4 +1,5 @@
-"""sft_step.py -- token log-probabilities, cross-entropy, and the optimizer step. Floor 1.
+"""sft_step.py -- token log-probabilities, cross-entropy, and the optimizer step. Floor 1. At its end, for real runs: rows without
+padding, and FSDP2.
 
 Shapes:  B rows, T tokens, D hidden size, V vocabulary, N = number of trained tokens (mask 1) in the batch.
 
@@ -66,32 +67,6 @@ def _logp_chunk(hidden, weight, target, watch):
 def trunk(model, ids, **layout):
     """ids [B, T] -> hidden states [B, T, D]: the model without its logits"""
     return model.get_decoder()(input_ids=ids, use_cache=False, **layout).last_hidden_state
-
-
-# Without padding (train.py: --packed): the rows of a batch stand one behind the other, and attention is told where each begins.
-
-
-def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kw):
-    """query [1, heads, T, d], key and value [1, kv_heads, T, d], cu_seq_lens_q [rows + 1] = [0, 3, 5] for rows of 3 and 2 tokens
-    -> [1, T, heads, d]; every token attends to the earlier ones of its own row. Where nothing is packed: plain SDPA."""
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
-    if query.is_cuda:                                                # one kernel for all rows; it knows bf16 and fp16 only
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                                # [T, heads, d]
-        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                           window_size=(-1, 0), enable_gqa=True)[None], None                         # (-1, 0): causal
-    cuts = cu_seq_lens_q.diff().tolist()                             # CPU: row by row
-    rows = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-            for q, k, v in zip(*(x.split(cuts, dim=2) for x in (query, key, value)))]
-    return torch.cat(rows, 2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", lambda *a, attention_mask=None, **kw: attention_mask)      # never a [T, T] mask
-
-
-def is_packed(model):
-    return model.config._attn_implementation == "packed"
 
 
 def lay_out(rows, packed, device):
@@ -175,6 +150,33 @@ def optimizer_step(model, optimizer, max_norm, loss=0.0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Without padding (train.py: --packed): the rows of a batch stand one behind the other, and attention is told where each begins.
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kw):
+    """query [1, heads, T, d], key and value [1, kv_heads, T, d], cu_seq_lens_q [rows + 1] = [0, 3, 5] for rows of 3 and 2 tokens
+    -> [1, T, heads, d]; every token attends to the earlier ones of its own row. Where nothing is packed: plain SDPA."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    if query.is_cuda:                                                # one kernel for all rows; it knows bf16 and fp16 only
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))                                # [T, heads, d]
+        return varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                           window_size=(-1, 0), enable_gqa=True)[None], None                         # (-1, 0): causal
+    cuts = cu_seq_lens_q.diff().tolist()                             # CPU: row by row
+    rows = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            for q, k, v in zip(*(x.split(cuts, dim=2) for x in (query, key, value)))]
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *a, attention_mask=None, **kw: attention_mask)      # never a [T, T] mask
+
+
+def is_packed(model):
+    return model.config._attn_implementation == "packed"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; during an update a layer
 # is whole only while it computes. Per rank: 16 bytes per parameter / ranks (fp32 master, gradient, two moments), and in the
 # update one layer and the embedding in compute_dtype; while sampling with --engine hf, and while probing, the whole model.
@@ -214,10 +216,11 @@ def gathered(model):
         m.set_reshard_after_forward(m is not model, recurse=False)   # the root stays whole until its backward: token_logprobs
                                                                      # uses the output weights after the forward pass
 
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered tensor by tensor onto rank 0's CPU
 
 
-class Padding:
+class Padding:                                                       # the dummy row of in_step
     ids, mask = [0, 0], [0, 1]
 
 
