@@ -35,6 +35,7 @@ from tools import STATES  # noqa: E402
 
 COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for the last three
 FAST = "--lr 1e-3 --steps 60"
+NARROW, WIDE = "--tiny_hidden 96", "--tiny_hidden 192"                           # the default is 128
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
     "none": ("", 5),
@@ -65,6 +66,7 @@ RECIPES = {                                      # name: (flags, seeds); a later
     # the paper's side questions, and controls, at the main rate
     "positive_only": ("--only positive", 5),
     "negative_only": ("--only negative", 3),
+    "random_reward": ("--reward random", 3),
     "shuffled_reward": ("--reward shuffled", 3),
     "ets_more_rows": ("--signal ets --schedule interleaved --sft_epochs 8", 3),     # about as many rows as prs trains
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
@@ -73,6 +75,11 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "ets_sft_lr2e-3": ("--signal ets --schedule interleaved --sft_lr 2e-3", 3),
     "slow": ("--lr 2e-4", 3),
     "slow_strict": ("--lr 2e-4 --closing strict", 3),
+    # another size: 0.4 M and 1.6 M parameters in place of 0.7 M, each with a base of its own
+    "narrow": (NARROW, 3),
+    "narrow_fast": (FAST + " " + NARROW, 3),
+    "wide": (WIDE, 3),
+    "wide_fast": (FAST + " " + WIDE, 3),
 }
 KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/", "alarm", "eval/", "final/",
         "sft_visits", "sft_updates", "sft_loss", "skipped_updates", "hint_log_ratio", "messages", "no_call")
@@ -117,6 +124,25 @@ def call(log, *argv):
                               env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 
+def base_of(recipe):
+    """The flags of the model that a recipe starts from, and the file with its evaluation: "none" -> [], .../base.json"""
+    flags = next((f for f in (NARROW, WIDE) if f in RECIPES[recipe][0]), "")
+    return flags.split(), HERE / "study" / ("base.json" if not flags else f"base{flags.split()[-1]}.json")
+
+
+def make_base(recipe):
+    """Pre-train and evaluate the model that the recipe starts from, if that is not done -> did it work?"""
+    flags, packed = base_of(recipe)
+    out = Path("runs/study") / packed.stem
+    if Path(train.tiny_folder(train.parse_args(flags))).exists() and packed.exists():
+        return True
+    if call(f"{out}.log", *FINAL.split(), *flags, "--threads", "1", "--out", str(out)):
+        return False
+    if not packed.exists():
+        packed.write_text((out / "eval.json").read_text())
+    return True
+
+
 def run_one(name, seed):
     """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
     out, packed = Path("runs/study") / f"{name}-seed{seed}", HERE / "study" / f"{name}-seed{seed}.csv"
@@ -135,7 +161,7 @@ def run_one(name, seed):
 # Tables: from the packed rows alone. tests/test_results.py makes them again and compares them with README.
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
         "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize")
-CAUSES = ("shuffled_reward", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
+CAUSES = ("random_reward", "shuffled_reward", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
@@ -172,9 +198,9 @@ def final(rows, name):
     return rows[-1][f"final/{name}"]
 
 
-def base_score(name):
-    """The same evaluation of the model that every run starts from"""
-    return json.loads((HERE / "study" / "base.json").read_text())[name]
+def base_score(name, recipe="none"):
+    """The same evaluation of the model that every run of the recipe starts from"""
+    return json.loads(base_of(recipe)[1].read_text())[name]
 
 
 def falls(done, name, share=0.1):
@@ -209,14 +235,16 @@ def recipe_table(names):
 
 
 def phase_table():
-    """collapse yes/no over learning rate x closing rule x seed"""
-    lines = ["| learning rate | closing | reward collapsed (step) | clean reward collapsed (step) | malformed messages at the end, % |",
-             "|---" * 5 + "|"]
-    for lr, lenient, strict in (("2e-4", "slow", "slow_strict"), ("5e-4", "none", "strict"), ("1e-3", "fast", "fast_strict")):
-        for closing, recipe in (("lenient", lenient), ("strict", strict)):
-            if done := runs(recipe):
-                lines.append(f"| {lr} | {closing} | {falls(done, 'reward')} | {falls(done, 'reward_clean')} | "
-                             f"{percent([late(r, *MALFORMED) for r in done])} |")
+    """collapse yes/no over model size x learning rate x closing rule x seed"""
+    lines = ["| parameters | the base: test tasks, clean, % | learning rate | closing | reward collapsed (step) | "
+             "clean reward collapsed (step) | malformed messages at the end, % |", "|---" * 7 + "|"]
+    for recipe in ("narrow", "slow", "slow_strict", "none", "strict", "wide", "narrow_fast", "fast", "fast_strict", "wide_fast"):
+        if done := runs(recipe):
+            flags = f"{COMMON} {RECIPES[recipe][0]}"
+            lr, closing = flags.split("--lr ")[-1].split()[0], "strict" if "strict" in flags else "lenient"
+            size = {NARROW: "0.4 M", WIDE: "1.6 M"}.get(" ".join(base_of(recipe)[0]), "0.7 M")
+            lines.append(f"| {size} | {100 * base_score('average_clean', recipe):.0f} | {lr} | {closing} | "
+                         f"{falls(done, 'reward')} | {falls(done, 'reward_clean')} | {percent([late(r, *MALFORMED) for r in done])} |")
     return "\n".join(lines)
 
 
@@ -526,13 +554,11 @@ def main():
     else:
         (HERE / "study").mkdir(exist_ok=True)
         Path("runs/study").mkdir(parents=True, exist_ok=True)
-        # the embedded base model first: two runs at once must not both make it
-        if not (HERE / "study" / "base.json").exists():
-            if call("runs/study/base.log", *FINAL.split(), "--out", "runs/study/base"):
-                sys.exit("the base model cannot be made; see runs/study/base.log")
-            (HERE / "study" / "base.json").write_text(Path("runs/study/base/eval.json").read_text())
         failures = []
         with ThreadPoolExecutor(a.parallel) as pool:
+            # the embedded base models first, each by one of the recipes that need it: two runs at once must not both make one
+            if not all(pool.map(make_base, {base_of(name)[1]: name for name, _ in jobs}.values())):
+                sys.exit("a base model cannot be made; see runs/study/base*.log")
             for failure in tqdm(pool.map(lambda job: run_one(*job), jobs), total=len(jobs), desc="study"):
                 failures += [failure] if failure else []
         print("\n".join(failures) or "all runs are done")
