@@ -82,7 +82,7 @@ def policy_loss(logp, old, adv, row, lengths, loss="grpo", clip=(0.2, 0.2), dual
     loss_t = LOSSES[loss](logp, ratio, adv, low, high, dual_clip)    # [N]
     if loss == "gspo":   # mean over the tokens of a sequence; the caller then averages over sequences
         loss_t = loss_t / lengths[row]
-    outside = torch.where(adv > 0, ratio > 1 + high, ratio < 1 - low)
+    outside = torch.where(adv > 0, ratio > 1 + high, (adv < 0) & (ratio < 1 - low))
     return loss_t, outside.float()
 
 

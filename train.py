@@ -730,9 +730,10 @@ def main(argv=None):
             break
 
         # ---- the schedule: which parts has this step, and did the phase just change? ------------------------------------
-        affordable = n["rows"] + a.burst_rows <= a.sft_budget
-        due = alarm.on if a.trigger == "alarm" else step in random_bursts(a)
-        parts, began = what(step, a, fire=probed and affordable and due), time.time()
+        began, fire = time.time(), False
+        if a.schedule == "adaptive" and probed and n["rows"] + a.burst_rows <= a.sft_budget:
+            fire = alarm.on if a.trigger == "alarm" else step in random_bursts(a)
+        parts = what(step, a, fire)
         row = {"step": step, "phase": "+".join(parts), "skipped_updates": 0}
         if row["phase"] != n["phase"]:
             if a.fresh_optimizer:

@@ -34,7 +34,7 @@ from rl_step import PRESSURES  # noqa: E402
 from tools import STATES  # noqa: E402
 
 COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"      # train.py's defaults, but for the last three
-FAST = "--lr 1e-3 --steps 60"
+SLOW, FAST = "--lr 2e-4", "--lr 1e-3 --steps 60"
 NARROW, WIDE = "--tiny_hidden 96", "--tiny_hidden 192"                           # the default is 128
 RECIPES = {                                      # name: (flags, seeds); a later flag overrides COMMON's
     # the paper's comparison, and ours
@@ -73,8 +73,16 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "retokenize": ("--retokenize", 3),
     "ets_sft_lr5e-5": ("--signal ets --schedule interleaved --sft_lr 5e-5", 3),
     "ets_sft_lr2e-3": ("--signal ets --schedule interleaved --sft_lr 2e-3", 3),
-    "slow": ("--lr 2e-4", 3),
-    "slow_strict": ("--lr 2e-4 --closing strict", 3),
+    # at less than half of the main rate, where vanilla GRPO turned out to live: does anything break it, does anything add to it?
+    "slow": (SLOW, 5),
+    "slow_strict": (SLOW + " --closing strict", 3),
+    "slow_shuffled_reward": (SLOW + " --reward shuffled", 3),
+    "slow_negative_only": (SLOW + " --only negative", 3),
+    "slow_sft_then_rl": (SLOW + " --signal sft --schedule sft_then_rl", 3),
+    "slow_ops": (SLOW + " --signal ops", 3),
+    "slow_hbg": (SLOW + " --signal hbg", 3),
+    "slow_ets": (SLOW + " --signal ets --schedule interleaved", 3),
+    "slow_prs": (SLOW + " --signal prs --schedule interleaved", 3),
     # another size: 0.4 M and 1.6 M parameters in place of 0.7 M, each with a base of its own
     "narrow": (NARROW, 3),
     "narrow_fast": (FAST + " " + NARROW, 3),
@@ -209,8 +217,8 @@ def falls(done, name, share=0.1):
     return f"{len(steps)} of {len(done)}" + (f" ({', '.join(map(str, steps))})" if steps else "")
 
 
-def ground_truth(name, rows):
-    """Ground-truth conversations that the run has trained on, by whatever way: cross-entropy, or in the groups of ops"""
+def supervised(name, rows):
+    """Rows of supervision that the run has trained on: by cross-entropy, or as ground truth in the groups of ops"""
     a = train.parse_args(RECIPES[name][0].split())
     steps = sum("reward" in r for r in rows)
     return sum(r.get("sft_visits", 0) for r in rows) + steps * a.prompts * a.ops_k * (a.signal == "ops")
@@ -220,7 +228,10 @@ def recipe_table(names):
     """One line per recipe: mean over seeds (lowest to highest seed); rewards and messages of the last 10 RL steps, sampled; test
     tasks at the end, greedy"""
     lines = ["| recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, % | ... clean, % | "
-             "other syntax, clean, % | clean reward fell to 10 % | ... to 50 % | ground truth |", "|---" * 11 + "|"]
+             "other syntax, clean, % | clean reward fell to 10 % | ... to 50 % | supervised rows |", "|---" * 11 + "|"]
+    if names is MAIN:
+        scores = [f"{100 * base_score(score):.0f}" for score in ("average", "average_clean", "format_ood_clean")]
+        lines.append(f"| the base | | | | | {' | '.join(scores)} | | | |")
     for name in names:
         if not (done := runs(name)):
             continue
@@ -230,7 +241,7 @@ def recipe_table(names):
             percent([late(r, *MALFORMED) for r in rl]),
             *(percent([final(r, score) for r in done]) for score in ("average", "average_clean", "format_ood_clean")),
             *(falls(rl, "reward_clean", share) if rl else "–" for share in (0.1, 0.5)),
-            f"{mean(ground_truth(name, rows) for rows in done):.0f} |"]))
+            f"{mean(supervised(name, rows) for rows in done):.0f} |"]))
     return "\n".join(lines)
 
 
@@ -361,7 +372,8 @@ def evidence_table():
         line(f"malformed messages at the end: `{one}` - `none`", dirty(one), dirty("none"))
     for metric, what in (("average_clean", "test tasks, clean"), ("average", "test tasks")):
         for one, other in (("strict", "none"), ("positive_only", "none"), ("ops", "none"), ("prs", "none"), ("ets_more_rows", "none"),
-                           ("ets_more_rows", "ets"), ("adaptive", "random_time")):
+                           ("ets_more_rows", "ets"), ("ets_sft_lr2e-3", "ets_sft_lr5e-5"), ("adaptive", "random_time"),
+                           ("hbg_hint_kept", "hbg")):
             if len(runs(one)) > 1 and len(runs(other)) > 1:
                 line(f"{what}: `{one}` - `{other}`", score(one, metric), score(other, metric))
     together = np.corrcoef(*zip(*ends))[0, 1]
@@ -415,9 +427,8 @@ def pressure_table(names=("none", "strict", "fast", *(f"fast_{x}" for x in ("ran
     return "\n".join(lines)
 
 
-SHORT = ("task reward, greedy", "clean reward, greedy", "of the failures, sampled", "syntax A, calls right from the open tag",
-         "syntax B, calls right from the open tag", "two rules", "model, control tokens", "base, control tokens", "model, JSON", "base, JSON",
-         "model, the most", "base, the most", "after 4 SFT steps", "after 16 SFT steps")
+SHORT = ("task reward, greedy", "clean reward, greedy", "syntax A, calls right from the open tag", "model, control tokens",
+         "base, control tokens", "model, JSON", "base, JSON", "after 4 SFT steps", "after 16 SFT steps")
 
 
 def autopsy_table(short=False):
@@ -519,7 +530,13 @@ def detectors(plt, png, factors=(1.5, 2, 3, 5, 10, 20, 50)):
     plt.close(fig)
 
 
-TABLES = {"crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table,
+def recipes_table():
+    """Recipe -> what it adds to `python train.py`, and how many seeds of it were run"""
+    return "\n".join(["| recipe | flags | seeds |", "|---|---|---|", *(
+        f"| `{name}` | {f'`{flags}`' if flags else ''} | {len(seeds(name))} |" for name, (flags, _) in RECIPES.items())])
+
+
+TABLES = {"recipes": recipes_table, "crossing": crossing_table, "story": story_table, "pressure": pressure_table, "evidence": evidence_table,
           "autopsy": autopsy_table, "autopsy_short": lambda: autopsy_table(short=True),
           "main": lambda: recipe_table(MAIN), "causes": lambda: recipe_table(CAUSES), "phase": phase_table, "alarm": alarm_table}
 
