@@ -167,19 +167,19 @@ def is_clean(states):
 
 
 def rollout_metrics(done):
-    """[(group id, reward, states, status, sampled tokens, source, credit)] of all ranks -> the metrics of one batch of rollouts.
-    Ground truth and hinted rollouts count for mixed_groups, because they take part in the advantage, and for nothing else."""
+    """[(Episode, credit)] of all ranks -> the metrics of one batch of rollouts. Ground truth and hinted rollouts count for
+    mixed_groups, because they take part in the advantage, and for nothing else."""
     groups = {}
-    for group, *_, credit in done:
-        groups.setdefault(group, set()).add(credit)
+    for e, credit in done:
+        groups.setdefault(e.group_id, set()).add(credit)
     mixed = mean(len(credits) > 1 for credits in groups.values())                # the others teach nothing
-    done = [d for d in done if d[5] == "policy"]
-    states, status = Counter(s for d in done for s in d[2]), Counter(d[3] for d in done)
-    return {"reward": mean(d[1] for d in done), "reward_clean": mean(d[1] * is_clean(d[2]) for d in done),
+    done = [e for e, _ in done if e.source == "policy"]
+    states, status = Counter(s for e in done for s in e.states), Counter(e.status for e in done)
+    return {"reward": mean(e.reward for e in done), "reward_clean": mean(e.reward * is_clean(e.states) for e in done),
             "mixed_groups": mixed,
             **{f"state/{s}": states[s] / max(states.total(), 1) for s in STATES},
-            "no_call": mean("call" not in d[2] for d in done),
-            "messages": states.total() / len(done), "message_tokens": sum(d[4] for d in done) / max(states.total(), 1),
+            "no_call": mean("call" not in e.states for e in done),
+            "messages": states.total() / len(done), "message_tokens": sum(sum(e.mask) for e in done) / max(states.total(), 1),
             **{f"status/{s}": count / len(done) for s, count in sorted(status.items())}}
 
 
@@ -223,7 +223,7 @@ def collapse(rows, window=5, name="reward", share=0.1):
         first -= 1
     if first == len(rows):
         return None
-    at = lambda i: {s: mean(r[f"state/{s}"] for r in rows[max(0, i + 1 - window):i + 1]) for s in STATES}
+    at = lambda i: {s: smooth(rows, f"state/{s}", window)[1][i] for s in STATES}
     return {"step": rows[first]["step"], "peak": values[top], "peak_step": rows[top]["step"], "before": at(top),
             "after": at(len(rows) - 1)}
 
@@ -246,9 +246,8 @@ def one_line(row):
 
 def table(columns):
     """{"before": {"base": .1}, "after": {"base": .3}} -> a text table, one line per score"""
-    names = list(next(iter(columns.values())))
     lines = [" " * 18 + "".join(f"{c:>10s}" for c in columns)]
-    for name in names:
+    for name in next(iter(columns.values())):
         lines.append(f"{name:18s}" + "".join(f"{100 * column[name]:9.1f}%" for column in columns.values()))
     return "\n".join(lines)
 
@@ -398,10 +397,10 @@ def knows(model, chat, tasks, syntax, limits):
             name = parse(s.text, syntax).calls[0][0]
             lengths = [len(chat.text(row.ids[s.start:t + 1])) for t in range(s.start, s.end)]         # characters said by t
             stop = max(s.text.rfind("}"), s.text.rfind(")")) + 1
-            ok = {t: bool(logits[t - 1].argmax() == row.ids[t]) for t in range(s.start, s.end)
-                  if t == s.start or lengths[t - s.start - 1] < stop}
+            right = [(said, bool(logits[t - 1].argmax() == row.ids[t]))
+                     for t, before, said in zip(range(s.start, s.end), [0, *lengths], lengths) if before < stop]
             points = (len(OPEN) if s.text.startswith(OPEN) else 0, s.text.index(name), s.text.index(name) + len(name))
-            hits.append([all(right for t, right in ok.items() if lengths[t - s.start] > point) for point in points])
+            hits.append([all(ok for said, ok in right if said > point) for point in points])
     return [mean(column) for column in zip(*hits)]
 
 
@@ -534,16 +533,14 @@ def draw(paths, png):
         middle.stackplot([r["step"] for r in rolled], [[r[f"state/{s}"] for r in rolled] for s in STATES], labels=STATES,
                          colors=[FILLS[s][0] for s in STATES], hatch=[FILLS[s][1] for s in STATES], edgecolor="white", lw=0.2)
         for ax, name in ((spike, "p/open|text"), (far, "p/moved")):
-            steps, values = smooth(rows, name, 1)
-            ax.plot(steps, values, "k.-", lw=1)
+            ax.plot(*smooth(rows, name, 1), "k.-", lw=1)
         spike.set_yscale("log")
         alarm, last = {r["step"]: r["alarm"] for r in rows if "alarm" in r}, max(r["step"] for r in rows)
         for step, then in zip(alarm, [*list(alarm)[1:], last]):
             for ax in (top, spike) if alarm[step] else ():
                 ax.axvspan(step, then, color="#dddddd", zorder=0)
-        for r in rows:
-            if "sft_updates" in r:
-                top.plot(r["step"], 0, "k^", ms=4, clip_on=False)
+        phases = [r["step"] for r in rows if "sft_updates" in r]
+        top.plot(phases, [0] * len(phases), "k^", ms=4, clip_on=False)
         for ax in (top, middle, spike, far) if found else ():
             ax.axvline(found["step"], color="black", ls=":", lw=1.2)
         top.set_title(run_name(path) + (f": collapse at step {found['step']}" if found else ""), fontsize=9)
@@ -582,19 +579,14 @@ def heat(path, png):
 def pages(out, count=8):
     """Conversations of the run from first to last, as Markdown: every time the most malformed one that was kept of its step."""
     path = Path(out) / "episodes.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; name a run folder.")
-    by_step = {}
-    for e in read_rows(path):
-        odd = sum(s not in ("call", "reply") for s in e["states"]) / len(e["states"])
-        if odd >= by_step.get(e["step"], (-1, None))[0]:
-            by_step[e["step"]] = odd, e
-    if not by_step:
+    odd = lambda e: sum(s not in ("call", "reply") for s in e["states"]) / len(e["states"])
+    worst = {e["step"]: e for e in sorted(read_rows(path), key=odd)}             # of each step the last one stays
+    if not worst:
         raise UserError(f"{path} is empty: a run without RL steps has no conversations.")
-    steps = sorted(by_step)
+    steps = sorted(worst)
     text = [f"# {Path(out).name}: conversations from the first step to the last"]
     for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
-        e = by_step[step][1]
+        e = worst[step]
         said = "\n".join(line for line in e["text"].splitlines() if line.strip())
         text += [f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {', '.join(e['states'])}", f"```\n{said}\n```"]
     return "\n\n".join(text)

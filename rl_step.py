@@ -16,8 +16,9 @@ Shapes:  N = trained tokens of the micro-batch, flat;  row [N] tells which rollo
 import math
 
 import torch
+import torch.distributed as dist
 
-from sft_step import in_step, is_packed, micro_batches, reduce_max, reduce_sum, token_logprobs
+from sft_step import in_step, is_packed, micro_batches, over_ranks, token_logprobs
 
 KLS = ("k1", "k2", "k3")
 CORRECTIONS = ("none", "token", "sequence")
@@ -117,11 +118,7 @@ def kl_penalty(logp, ref, kind="k3"):
       k2  d^2 / 2            biased, always positive; its GRADIENT is the KL's
       k3  exp(d) - d - 1     unbiased, always positive (the paper's)"""
     d = (ref - logp).clamp(-20, 20)
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return d * d / 2
-    return (d.exp() - d - 1).clamp(-10, 10)
+    return {"k1": -d, "k2": d * d / 2, "k3": (d.exp() - d - 1).clamp(-10, 10)}[kind]
 
 
 def pressure(adv, p, target, malformed, ids):
@@ -158,7 +155,7 @@ def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
             if r.source == "hinted":
                 gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
             setattr(r, "old" if r.source in corrected else "logprobs", own)
-    gap, n = reduce_sum([gap, n], model.device)
+    gap, n = over_ranks([gap, n], model.device)
     return gap / max(n, 1)
 
 
@@ -173,7 +170,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
     watch: {"open": id, "end": id}, whose pressure (see above) is measured on the way, per trained token.
     correction, cap: of the gap between trainer and sampler, for rows that have .old (see sampler_correction)."""
     device = model.device
-    n_tokens, n_rows = reduce_sum([sum(sum(r.mask) for r in rows), len(rows)], device)
+    n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)], device)
     n = normaliser(loss, n_tokens, n_rows, max_tokens)
     pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
     watch, sums, gap_max = watch or {}, torch.zeros(8, dtype=torch.float64), 0.0
@@ -182,10 +179,9 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
     for batch in in_step(batches, model, reference):
         batch_rows = [r for r, _ in batch]
         logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
-        sampler = torch.tensor([lp for r in batch_rows for lp, m in zip(r.logprobs, r.mask) if m], device=device)        # [N]
-        old = torch.tensor([lp for r in batch_rows for lp, m in zip(r.old or r.logprobs, r.mask) if m], device=device)  # [N]
+        trained = lambda of: torch.tensor([x for r in batch_rows for x, m in zip(of(r), r.mask) if m], device=device)
+        sampler, old, target = trained(lambda r: r.logprobs), trained(lambda r: r.old or r.logprobs), trained(lambda r: r.ids)  # [N]
         a = torch.tensor([a for _, a in batch], device=device)[row]                                  # [N]
-        target = torch.tensor([t for r in batch_rows for t, m in zip(r.ids, r.mask) if m], device=device)       # [N]
         if masked_ids:
             a = torch.where((a < 0) & torch.isin(target, torch.tensor(masked_ids, device=device)), 0.0, a)
         truth = torch.tensor([r.source == "truth" for r in batch_rows], device=device)[row] if shaped else None  # [N]
@@ -211,9 +207,9 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0
             gap_max = max(gap_max, gap.max().item())
             sums += torch.stack([total, was_clipped.sum(), entropy.sum(), gap.sum(), sampled.sum(), kl_penalty(logp, sampler).sum(),
                                  kl_t.sum(), torch.tensor(float(len(logp)), device=device)]).double().cpu()
-    total, was_clipped, entropy, gap, sampled, kl_sampler, kl_ref, tokens, *push = reduce_sum(
+    total, was_clipped, entropy, gap, sampled, kl_sampler, kl_ref, tokens, *push = over_ranks(
         [*sums.tolist(), *push.flatten().tolist()], device)
     m, names = max(tokens, 1.0), [f"push/{name}|{part}" for name in watch for part in PRESSURES]
     return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / max(sampled, 1.0),
-            "gap_max": reduce_max(gap_max, device), "kl_sampler": kl_sampler / m,
+            "gap_max": over_ranks([gap_max], device, dist.ReduceOp.MAX)[0], "kl_sampler": kl_sampler / m,
             "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens} | {k: v / n_tokens for k, v in zip(names, push)}

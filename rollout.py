@@ -12,7 +12,7 @@ import copy
 import os
 import tempfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -192,8 +192,8 @@ class SlotCache:
     Live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying; a conversation that
     ends swaps places with the last live one. Transformers models call only `update` and `get_seq_length`."""
 
-    def __init__(self, n_layers):
-        self.n_layers, self.kv = n_layers, None
+    def __init__(self, n_layers, n_slots):
+        self.n_layers, self.n_slots, self.kv = n_layers, n_slots, None
 
     def begin(self, rows, positions):
         """The next forward pass writes tokens of slots `rows` = range(a, b) at `positions` [b - a, c]."""
@@ -243,8 +243,7 @@ class HFEngine:
         self.reset()
 
     def reset(self):
-        self.cache = SlotCache(self.model.config.num_hidden_layers)
-        self.keys, self.lengths = None, None     # per slot: whose conversation, how many of its tokens are cached
+        self.cache = self.keys = self.lengths = None     # keys, lengths, per slot: whose conversation, how many tokens are cached
 
     def load(self, model):
         assert model is self.model
@@ -269,21 +268,11 @@ class HFEngine:
     def _prefill(self, chunks):
         """The same for many or long chunks: a few passes of bounded size."""
         out, start = [], 0
-        while start < len(chunks):
-            stop, widest = start, 0
-            while stop < len(chunks) and (stop == start
-                                          or (stop + 1 - start) * max(widest, len(chunks[stop])) <= self.prefill_tokens):
-                widest = max(widest, len(chunks[stop]))
-                stop += 1
-            out.append(self._forward(range(start, stop), chunks[start:stop]))
-            start = stop
+        for stop in range(1, len(chunks) + 1):
+            if stop == len(chunks) or (stop + 1 - start) * max(map(len, chunks[start:stop + 1])) > self.prefill_tokens:
+                out.append(self._forward(range(start, stop), chunks[start:stop]))
+                start = stop
         return torch.cat(out)
-
-    def _swap(self, a, b):
-        self.cache.swap(a, b, max(self.lengths))
-        for x, y in zip(a, b):
-            self.keys[x], self.keys[y] = self.keys[y], self.keys[x]
-            self.lengths[x], self.lengths[y] = self.lengths[y], self.lengths[x]
 
     def _to_front(self, keys):
         """Swap slots until the conversations `keys` stand in slots 0..len(keys)-1 (in any order)."""
@@ -291,8 +280,10 @@ class HFEngine:
         a = [s for s in range(n) if self.keys[s] not in wanted]
         b = [s for s in range(n, len(self.keys)) if self.keys[s] in wanted]
         if a:
-            self._swap(a, b)
-        return a, b
+            self.cache.swap(a, b, max(self.lengths))
+        for x, y in zip(a, b):
+            self.keys[x], self.keys[y] = self.keys[y], self.keys[x]
+            self.lengths[x], self.lengths[y] = self.lengths[y], self.lengths[x]
 
     @torch.no_grad()
     def generate(self, requests, temperature=1.0):
@@ -302,7 +293,7 @@ class HFEngine:
         by_key = {r.key: r for r in requests}
         if self.keys is None:                    # new conversations: compute each distinct prompt once, then copy its row
             unique = list(dict.fromkeys(tuple(r.ids) for r in requests))
-            self.cache.n_slots, self.lengths = len(unique), [0] * len(unique)
+            self.cache, self.lengths = SlotCache(self.model.config.num_hidden_layers, len(unique)), [0] * len(unique)
             hidden = self._prefill([list(ids) for ids in unique])
             where = {ids: i for i, ids in enumerate(unique)}
             rows = [where[tuple(r.ids)] for r in requests]
@@ -316,33 +307,28 @@ class HFEngine:
         # the batch with it, nor on how many processes share the work.
         noise = {r.key: np.random.default_rng(r.seed).random(r.limit) for r in requests}
         out = {r.key: ([], []) for r in requests}
-        live = len(requests)
+        live = self.keys[:len(requests)]
         while True:
             logits = self.head(hidden).float()                                                      # [n, V]
             if self.rule:
-                logits = self.rule(logits, [out[k][0] for k in self.keys[:live]])
+                logits = self.rule(logits, [out[k][0] for k in live])
             logp = torch.log_softmax(logits / (temperature or 1.0), -1)
             if temperature == 0:
                 token = logp.argmax(-1)
             else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
-                u = torch.tensor([noise[k][len(out[k][0])] for k in self.keys[:live]], device=logp.device)
+                u = torch.tensor([noise[k][len(out[k][0])] for k in live], device=logp.device)
                 cdf = logp.double().exp().cumsum(-1)
                 token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logp.shape[1] - 1)
-            logp = logp.gather(1, token[:, None])[:, 0].tolist()
-            token = token.tolist()
-            going = []
-            for key, t, lp in zip(self.keys, token, logp):
-                out[key][0].append(t)
-                out[key][1].append(lp)
-                if t not in self.stop_ids and len(out[key][0]) < by_key[key].limit:
-                    going.append(key)
+            logp = logp.gather(1, token[:, None])[:, 0]
+            for k, t, lp in zip(live, token.tolist(), logp.tolist()):
+                out[k][0].append(t)
+                out[k][1].append(lp)
+            going = [k for k in live if out[k][0][-1] not in self.stop_ids and len(out[k][0]) < by_key[k].limit]
             if not going:
                 return [out[r.key] for r in requests]
-            a, b = self._to_front(going)         # rows that ended leave the batch
-            for x, y in zip(a, b):
-                token[x], token[y] = token[y], token[x]
-            live = len(going)
-            hidden = self._forward(range(live), [[t] for t in token[:live]])
+            self._to_front(going)                # rows that ended leave the batch
+            live = self.keys[:len(going)]
+            hidden = self._forward(range(len(live)), [out[k][0][-1:] for k in live])
 
 
 def import_vllm():
@@ -497,16 +483,12 @@ def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
     for e in episodes:
         assert len(e.ids) < limits.total, f"{e.task_id}: the prompt fills limits.total = {limits.total}"
     engine.reset()
-    while live := [i for i, env in enumerate(envs) if env.status is None]:
-        requests = []
-        for i in live:
-            e = episodes[i]
-            requests.append(Request(i, e.ids, min(limits.message, limits.total - len(e.ids)),
-                                    (*seed, e.group_id, e.sample, len(e.states))))
-        for i, (ids, logprobs) in zip(live, engine.generate(requests, temperature), strict=True):
-            _advance(episodes[i], envs[i], chat, ids, logprobs, limits)
+    while requests := [Request(i, e.ids, min(limits.message, limits.total - len(e.ids)), (*seed, e.group_id, e.sample, len(e.states)))
+                       for i, (e, env) in enumerate(zip(episodes, envs, strict=True)) if env.status is None]:
+        for r, (ids, logprobs) in zip(requests, engine.generate(requests, temperature), strict=True):
+            _advance(episodes[r.key], envs[r.key], chat, ids, logprobs, limits)
     engine.reset()                               # the cache holds keys of the old weights; nobody may use it again
-    return [_finish(episode, env) for episode, env in zip(episodes, envs, strict=True)]
+    return [_finish(episode, env) for episode, env in zip(episodes, envs)]
 
 
 def play(chat, env, script, limits, group_id=-1, sample=0):
@@ -530,8 +512,7 @@ def transcript(chat, episode):
 
 def _copy_with(episode, spans):
     """The same episode with other ids: spans = [(ids, logprobs or None)], one pair per span."""
-    new = Episode(episode.task_id, episode.group_id, episode.sample, episode.source, reward=episode.reward,
-                  status=episode.status, failed_turn=episode.failed_turn)
+    new = replace(episode, ids=[], mask=[], logprobs=[], spans=[])
     for s, (ids, logprobs) in zip(episode.spans, spans, strict=True):
         new.append(ids, s.who, s.turn, logprobs, s.text, s.state)
     return new

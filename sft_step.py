@@ -24,20 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
-def reduce_sum(values, device="cpu"):
+def over_ranks(values, device="cpu", op=dist.ReduceOp.SUM):
     """[3.0, 1.0] on each of 2 ranks -> [6.0, 2.0] on both."""
     total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(total)
+        dist.all_reduce(total, op)
     return total.tolist()
-
-
-def reduce_max(value, device="cpu"):
-    """3.0 on rank 0, 1.0 on rank 1 -> 3.0 on both."""
-    top = torch.tensor(value, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    return top.item()
 
 
 def micro_batches(rows, max_tokens, length=lambda row: len(row.ids), packed=False):
@@ -113,7 +105,7 @@ def token_logprobs(model, rows, chunk=2048, watch=()):
 def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     """Adds the gradient of  weight * -sum row_weight log p(token) / n  to .grad; n = trained tokens over all ranks.
     Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool says."""
-    n, = reduce_sum([sum(sum(r.mask) for r in rows)], model.device)
+    n, = over_ranks([sum(sum(r.mask) for r in rows)], model.device)
     total = 0.0
     for batch in in_step(micro_batches(rows, micro_tokens, packed=is_packed(model)), model):
         logp, _, row, _ = token_logprobs(model, batch)               # [N]
@@ -121,7 +113,7 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
         loss = -weight * (row_weight * logp).sum() / n
         loss.backward()
         total += loss.item()
-    return {"sft_loss": reduce_sum([total], model.device)[0], "sft_tokens": n}
+    return {"sft_loss": over_ranks([total], model.device)[0], "sft_tokens": n}
 
 
 def optimizer_step(model, optimizer, max_norm, loss=0.0):
@@ -228,11 +220,9 @@ def in_step(batches, *models):
     """Yields the batches. Under FSDP every pass gathers from all ranks, so all must make equally many: a rank that has fewer
     batches goes on with passes over a dummy row whose gradient is 0."""
     models = [m for m in models if m is not None and is_sharded(m)]
-    most = torch.tensor(len(batches), device=models[0].device if models else "cpu")
-    if models:
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+    most, = over_ranks([len(batches)], models[0].device, dist.ReduceOp.MAX) if models else [0]
     yield from batches
-    for _ in range(most.item() - len(batches)):
+    for _ in range(int(most) - len(batches)):
         logps = [token_logprobs(model, [Padding])[0] for model in models]    # in a real batch's order: all forward passes,
         for logp in logps:                                                   # then the backward one; else ranks would gather
             if logp.requires_grad:                                           # different models at the same moment, and hang

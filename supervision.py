@@ -1,12 +1,9 @@
 """supervision.py -- the paper's supervision signals, each behind the same three hooks. Floor 3.
 
-A signal may contribute three things, or none of them (the class Signal: vanilla GRPO):
+A signal may say who writes rollout k of a group, look at a step's finished rollouts, and give rows to train with cross-entropy
+(`source`, `observe`, `rows` of the class Signal); or do nothing, which is vanilla GRPO.
 
-    source(k)          who writes rollout k of a group: the policy, the ground truth (OPS), or the policy with a hint (HBG)
-    observe(...)       look at the finished rollouts of a step (ETS remembers who failed, PRS keeps what to reflect on)
-    rows()             Episodes to train with cross-entropy now, each with a .weight
-
-The SCHEDULE (train.py, `what`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases between RL
+The SCHEDULE (train.py, `plan`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases between RL
 phases (interleaved), when the alarm rings (adaptive), or as one more term of each RL update (synchronous).
 
     1. demonstrations   ground truth as Episodes
@@ -170,17 +167,14 @@ class Judge:
     an interrupted run never pays twice; a server that fails in mid-run costs reflections, never the run."""
 
     def __init__(self, a):
-        self.url, self.model, self.timeout, self.retries, self.workers = (
-            a.judge_url.rstrip("/"), a.judge_model, a.judge_timeout, a.judge_retries, a.judge_workers)
+        self.a, self.url, self.cache = a, a.judge_url.rstrip("/"), Path(a.judge_cache)
         self.key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
-        self.cache = Path(a.judge_cache)
 
-    def _request(self, prompt, max_tokens=None):
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
-        body |= {"max_tokens": max_tokens} if max_tokens else {"temperature": 0.7}
+    def _request(self, prompt, **options):
+        body = {"model": self.a.judge_model, "messages": [{"role": "user", "content": prompt}]} | options
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), {
             "Content-Type": "application/json", "Authorization": f"Bearer {self.key}"})
-        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+        with urllib.request.urlopen(request, timeout=self.a.judge_timeout) as reply:
             return json.load(reply)["choices"][0]["message"]["content"]
 
     def check(self):
@@ -188,32 +182,32 @@ class Judge:
         try:
             self._request("Say yes.", max_tokens=4)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error}); check --judge_url, "
+            raise UserError(f"the judge {self.a.judge_model!r} at {self.url} does not answer ({error}); check --judge_url, "
                             "--judge_model and the key in JUDGE_API_KEY.") from error
 
     def _answer(self, prompt):
-        path = self.cache / (hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() + ".json")
+        path = self.cache / (hashlib.sha256(json.dumps([self.a.judge_model, prompt]).encode()).hexdigest() + ".json")
         if path.exists():
             return json.loads(path.read_text())["answer"]
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.a.judge_retries + 1):
             try:
-                answer = self._request(prompt)
+                answer = self._request(prompt, temperature=0.7)
                 if not answer:                   # must not reach the cache, where it would stay for good
                     raise ValueError("an empty answer")
                 break
             except (OSError, ValueError, KeyError, IndexError, TypeError):
-                if attempt == self.retries:
+                if attempt == self.a.judge_retries:
                     return None
                 time.sleep(min(60, 2 ** attempt))
         tmp = path.with_suffix(f".{os.getpid()}.tmp")
-        tmp.write_text(json.dumps({"model": self.model, "prompt": prompt, "answer": answer}))
+        tmp.write_text(json.dumps({"model": self.a.judge_model, "prompt": prompt, "answer": answer}))
         os.replace(tmp, path)
         return answer
 
     def answers(self, prompts):
         """-> one answer per prompt, None where the server failed for good"""
         self.cache.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.a.judge_workers) as pool:
             return list(tqdm(pool.map(self._answer, prompts), total=len(prompts), desc="judge", leave=False, disable=None))
 
 
@@ -340,14 +334,12 @@ class PRS(ETS):
         self.kept = [k for k in self.kept if k[0] > step - self.a.ets_window]
 
     def rows(self):
-        prompts, answers = [k[3] for k in self.kept], [k[4] for k in self.kept]
-        if self.judge:
-            answers = self.judge.answers(prompts)
+        answers = self.judge.answers([k[3] for k in self.kept]) if self.judge else [k[4] for k in self.kept]
         talk = lambda prompt, answer: [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         rows = [dialogue_row(self.chat, f"{kind}:{task_id}", talk(prompt, answer))
                 for (_, kind, task_id, prompt, _), answer in zip(self.kept, answers) if answer]
         rows = [row for row in rows if len(row.ids) <= self.limits.total]
-        self.skipped = len(prompts) - len(rows)
+        self.skipped = len(self.kept) - len(rows)
         return super().rows() + rows
 
     def state(self):

@@ -43,7 +43,7 @@ from analyze_tokens import (PROBED, Alarm, is_clean, mean, one_line, probe, read
 from rl_step import CORRECTIONS, KLS, LOSSES, advantages, recompute_logprobs, rl_backward
 from rollout import TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, import_vllm, retokenized, rollout, transcript
 from sft_step import WHOLE, gathered, is_sharded, optimizer_step, sft_backward, shard
-from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, Signal, demonstrate, pretrain_tiny, roll_out
+from supervision import SIGNALS, TRAIN_CATEGORIES, Judge, demonstrate, pretrain_tiny, roll_out
 from tools import (BFCL_PACKAGES, CATEGORIES, CONTROL, STATES, BfclTask, Env, UserError, acebench_tasks, bfcl_tasks, make_env,
                    make_tasks, parse, verdicts)
 
@@ -60,169 +60,158 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(usage="python train.py [--flag value ...]     (--help explains every flag)",
                                 description="Multi-turn tool-use RL and the signals that keep it from collapsing.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    bounds = {}
+
+    def flag(name, default, help, least=-math.inf, most=math.inf, **kw):     # its type is the default's; False makes a switch
+        bounds[name] = least, most
+        kw |= {"action": "store_true"} if default is False else {"type": str if default is None else type(default)} | kw
+        g.add_argument(f"--{name}", default=default, help=help, **kw)
+
     g = p.add_argument_group("recipe")
-    g.add_argument("--signal", choices=SIGNALS, default="none", help="supervision beside the reward (see supervision.py): none = "
-                   "vanilla GRPO, sft = demonstrations, ops = ground truth in the group, hbg = hints, ets = ground truth of "
-                   "failed tasks, prs = ets + reflections")
-    g.add_argument("--schedule", choices=SCHEDULES, default="rl", help="when which update runs (see `what`)")
-    g.add_argument("--steps", type=int, default=100, help="RL steps")
-    g.add_argument("--sft_steps", type=int, default=30, help="SFT steps of the schedules sft and sft_then_rl")
-    g.add_argument("--seed", type=int, default=0, help="seed of the task order and of all sampling")
+    flag("signal", "none", "supervision beside the reward (see supervision.py): none = vanilla GRPO, sft = demonstrations, ops = "
+         "ground truth in the group, hbg = hints, ets = ground truth of failed tasks, prs = ets + reflections", choices=SIGNALS)
+    flag("schedule", "rl", "when which update runs (see `plan`)", choices=SCHEDULES)
+    flag("steps", 100, "RL steps", least=0)
+    flag("sft_steps", 30, "SFT steps of the schedules sft and sft_then_rl", least=0)
+    flag("seed", 0, "seed of the task order and of all sampling")
     g = p.add_argument_group("schedules interleaved and synchronous")
-    g.add_argument("--phases", default="1:2:3", help="interleaved: the RL phases' shares of --steps; an SFT phase stands between "
-                   "each two (the paper: 50, 100, 150 steps; Qwen3: 1:1:2)")
-    g.add_argument("--sft_epochs", type=int, default=2, help="interleaved: passes over the rows in each SFT phase")
-    g.add_argument("--sft_warmup", type=float, default=0.3, help="interleaved: share of an SFT phase that warms up; then cosine")
-    g.add_argument("--sft_weight", type=float, default=1.0, help="synchronous: weight of the cross-entropy in the RL update")
-    g.add_argument("--fresh_optimizer", action="store_true", help="forget Adam's state at every change of phase (the paper)")
-    g.add_argument("--reanchor_kl", action="store_true", help="each RL phase measures its KL from its own start (the paper)")
-    g.add_argument("--rewarm", action="store_true", help="warm up again after every change of phase (the paper)")
+    flag("phases", "1:2:3", "interleaved: the RL phases' shares of --steps; an SFT phase stands between each two (the paper: 50, "
+         "100, 150 steps; Qwen3: 1:1:2)")
+    flag("sft_epochs", 2, "interleaved: passes over the rows in each SFT phase", least=1)
+    flag("sft_warmup", 0.3, "interleaved: share of an SFT phase that warms up; then cosine", least=0, most=1)
+    flag("sft_weight", 1.0, "synchronous: weight of the cross-entropy in the RL update", least=0)
+    flag("fresh_optimizer", False, "forget Adam's state at every change of phase (the paper)")
+    flag("reanchor_kl", False, "each RL phase measures its KL from its own start (the paper)")
+    flag("rewarm", False, "warm up again after every change of phase (the paper)")
     g = p.add_argument_group("alarm, and the schedule adaptive")
-    g.add_argument("--alarm", default="p/open|text", help="the probe's metric that is watched")
-    g.add_argument("--alarm_factor", type=float, default=3.0, help="the alarm rings above so many times the first probes' mean")
-    g.add_argument("--alarm_checks", type=int, default=2, help="... for so many probes in a row, and is silent after as many "
-                   "below half of that")
-    g.add_argument("--stop_on_alarm", action="store_true", help="stop the run when the alarm rings, with a checkpoint")
-    g.add_argument("--trigger", choices=("alarm", "random"), default="alarm", help="adaptive: a burst of SFT at every "
-                   "probe while the alarm rings, or (the control) at random probes")
-    g.add_argument("--burst_rows", type=int, default=64, help="adaptive: rows trained in a burst")
-    g.add_argument("--sft_budget", type=int, default=384, help="adaptive: rows trained in all bursts together")
+    flag("alarm", "p/open|text", "the probe's metric that is watched")
+    flag("alarm_factor", 3.0, "the alarm rings above so many times the first probes' mean", least=1)
+    flag("alarm_checks", 2, "... for so many probes in a row, and is silent after as many below half of that", least=1)
+    flag("stop_on_alarm", False, "stop the run when the alarm rings, with a checkpoint")
+    flag("trigger", "alarm", "adaptive: a burst of SFT at every probe while the alarm rings, or (the control) at random probes",
+         choices=("alarm", "random"))
+    flag("burst_rows", 64, "adaptive: rows trained in a burst", least=1)
+    flag("sft_budget", 384, "adaptive: rows trained in all bursts together", least=0)
     g = p.add_argument_group("signals")
-    g.add_argument("--sft_file", default=None, metavar="FILE", help="sft: train on the dialogues of this ToolACE JSON file "
-                   "instead of the ground truth of the training tasks")
-    g.add_argument("--ops_k", type=int, default=1, help="ops: ground-truth rollouts per group")
-    g.add_argument("--ops_ratio", choices=("one", "shaped"), default="one", help="ops: their ratio is 1 before the first update "
-                   "(as released), or p / (p + 0.1) (as the paper intends)")
-    g.add_argument("--hints", type=int, default=2, help="hbg: hinted rollouts per group")
-    g.add_argument("--hint_in_update", action="store_true", help="hbg: keep the hint in the trained sequence too")
-    g.add_argument("--ets_window", type=int, default=10, help="ets, prs: RL steps that are looked back upon")
-    g.add_argument("--ets_rule", choices=("all", "any"), default="all", help="ets, prs: a task failed if all its rollouts in the "
-                   "window did (the paper), or if any did (the paper's code)")
-    g.add_argument("--judge_url", default=None, help="prs: base URL of an OpenAI-compatible server, such as "
-                   "http://localhost:8000/v1; without it the embedded judge writes the reflections from the ground truth")
-    g.add_argument("--judge_model", default="judge", help="prs: model name at that server; key: environment JUDGE_API_KEY")
-    g.add_argument("--judge_workers", type=int, default=16, help="prs: concurrent requests")
-    g.add_argument("--judge_timeout", type=float, default=120.0, help="prs: seconds per request")
-    g.add_argument("--judge_retries", type=int, default=4, help="prs: further attempts per request, with growing pauses")
-    g.add_argument("--judge_cache", default="runs/judge-cache", help="prs: where answers are kept; nothing is asked twice")
+    flag("sft_file", None, "sft: train on the dialogues of this ToolACE JSON file, not on the training tasks", metavar="FILE")
+    flag("ops_k", 1, "ops: ground-truth rollouts per group", least=1)
+    flag("ops_ratio", "one", "ops: their ratio is 1 before the first update (as released), or p / (p + 0.1) (as the paper intends)",
+         choices=("one", "shaped"))
+    flag("hints", 2, "hbg: hinted rollouts per group", least=1)
+    flag("hint_in_update", False, "hbg: keep the hint in the trained sequence too")
+    flag("ets_window", 10, "ets, prs: RL steps that are looked back upon", least=1)
+    flag("ets_rule", "all", "ets, prs: a task failed if all its rollouts in the window did (the paper), or any (the paper's code)",
+         choices=("all", "any"))
+    flag("judge_url", None, "prs: base URL of an OpenAI-compatible server, such as http://localhost:8000/v1; without it the "
+         "embedded judge writes the reflections from the ground truth")
+    flag("judge_model", "judge", "prs: model name at that server; key: environment JUDGE_API_KEY")
+    flag("judge_workers", 16, "prs: concurrent requests", least=1)
+    flag("judge_timeout", 120.0, "prs: seconds per request", least=0)
+    flag("judge_retries", 4, "prs: further attempts per request, with growing pauses", least=0)
+    flag("judge_cache", "runs/judge-cache", "prs: where answers are kept; nothing is asked twice")
     g = p.add_argument_group("ablations, each doing one thing")
-    g.add_argument("--retokenize", action="store_true", help="train on decoded and re-encoded messages with an end token added to "
-                   "each, as the paper's release does")
-    g.add_argument("--split_groups", action="store_true", help="spread each group over the mini-batches of a step (as released)")
-    g.add_argument("--only", choices=("positive", "negative"), default=None, help="use only the advantages of one sign")
-    g.add_argument("--reward", choices=("task", "random", "shuffled", "format"), default="task", help="what the "
-                   "advantages are made of: random = a coin that shows 1 in 5 times, shuffled = the task's, dealt out anew "
-                   "within each group, format = task + 0.5 if every message is clean")
-    g.add_argument("--mask_control", action="store_true", help="a negative advantage does not push control tokens")
+    flag("retokenize", False, "train on decoded and re-encoded messages, each with an end token added (the paper's release)")
+    flag("split_groups", False, "spread each group over the mini-batches of a step (as released)")
+    flag("only", None, "use only the advantages of one sign", choices=("positive", "negative"))
+    flag("reward", "task", "what the advantages are made of: random = a coin that shows 1 in 5 times, shuffled = the task's, dealt "
+         "out anew within each group, format = task + 0.5 if every message is clean",
+         choices=("task", "random", "shuffled", "format"))
+    flag("mask_control", False, "a negative advantage does not push control tokens")
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="tiny", help="tiny = the embedded model (built and pre-trained at first use, then "
-                   "cached); or a Hugging Face name or folder; or a run folder (its newest checkpoint)")
-    g.add_argument("--chat_template", default=None, metavar="FILE", help="replaces the model's chat template: a Jinja "
-                   "file, or one of " + ", ".join(TEMPLATES))
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
-    g.add_argument("--shard", action="store_true", help="FSDP2: cut parameters, gradients and optimizer state into one piece per "
-                   "process")
-    g.add_argument("--compute_dtype", choices=("float32", "bfloat16"), default=None, help="with --shard: precision of forward "
-                   "and backward passes, while the masters keep --dtype; default: --dtype")
-    g.add_argument("--grad_checkpointing", action="store_true", help="keep only each layer's input for the backward pass and compute "
-                   "the rest again: less memory, about a third more time")
-    g.add_argument("--packed", action="store_true", help="updates without padding: the rows of a forward pass stand one behind the "
-                   "other. On a GPU this needs 16 bits (--compute_dtype bfloat16); on a CPU attention goes row by row")
-    g.add_argument("--device", default="auto", help="auto = cuda if there is one, else cpu")
+    flag("model", "tiny", "tiny = the embedded model (built and pre-trained at first use, then cached); or a Hugging Face name "
+         "or folder; or a run folder (its newest checkpoint)")
+    flag("chat_template", None, "replaces the model's chat template: a Jinja file, or one of " + ", ".join(TEMPLATES), metavar="FILE")
+    flag("dtype", "float32", "precision of the weights", choices=("float32", "bfloat16"))
+    flag("shard", False, "FSDP2: cut parameters, gradients and optimizer state into one piece per process")
+    flag("compute_dtype", None, "with --shard: precision of forward and backward passes, while the masters keep --dtype; "
+         "default: --dtype", choices=("float32", "bfloat16"))
+    flag("grad_checkpointing", False, "keep only each layer's input for the backward pass and compute the rest again: less "
+         "memory, about a third more time")
+    flag("packed", False, "updates without padding: the rows of a forward pass stand one behind the other. On a GPU this needs "
+         "16 bits (--compute_dtype bfloat16); on a CPU attention goes row by row")
+    flag("device", "auto", "auto = cuda if there is one, else cpu")
     g = p.add_argument_group("world")
-    g.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="tiny = the embedded world; bfcl = BFCL's "
-                   f"multi-turn tasks (pip install --no-deps {BFCL_PACKAGES}), with the paper's values as defaults: "
-                   + ", ".join(f"--{k} {v}" for k, v in BFCL_DEFAULTS.items()))
-    g.add_argument("--validation", type=int, default=20, help="bfcl: stories of the 100 training ones that are set aside for "
-                   "the evaluation during training; test tasks are used only at the end and by --eval_only")
-    g.add_argument("--acebench", default=None, metavar="DIR", help="bfcl: evaluate on ACEBench's `normal` entries in this "
-                   "folder as well (ace_brackets = format- and content-OOD, ace_tags = content-OOD)")
-    g.add_argument("--syntax", choices=("A", "B"), default="A", help="call syntax of training: A = <tool_call> JSON, "
-                   "B = [f(a='x')]; the other one is the format-OOD evaluation")
-    g.add_argument("--closing", choices=("lenient", "strict"), default="lenient", help="what a message without a complete "
-                   "call does: lenient = ends the user turn whatever it holds (the paper); strict = a malformed one fails")
-    g.add_argument("--train_tasks", type=int, default=300, help="training tasks over the three training categories")
-    g.add_argument("--eval_tasks", type=int, default=50, help="test tasks per category and per OOD set")
+    flag("world", "tiny", f"tiny = the embedded world; bfcl = BFCL's multi-turn tasks (pip install --no-deps {BFCL_PACKAGES}), with "
+         "the paper's values as defaults: " + ", ".join(f"--{k} {v}" for k, v in BFCL_DEFAULTS.items()), choices=("tiny", "bfcl"))
+    flag("validation", 20, "bfcl: stories of the 100 training ones that are set aside for the evaluation during training; test "
+         "tasks are used only at the end and by --eval_only", least=1, most=99)
+    flag("acebench", None, "bfcl: evaluate on ACEBench's `normal` entries in this folder as well (ace_brackets = format- and "
+         "content-OOD, ace_tags = content-OOD)", metavar="DIR")
+    flag("syntax", "A", "call syntax of training: A = <tool_call> JSON, B = [f(a='x')]; the other one: format-OOD evaluation",
+         choices=("A", "B"))
+    flag("closing", "lenient", "what a message without a complete call does: lenient = ends the user turn whatever it holds (the "
+         "paper); strict = a malformed one fails", choices=("lenient", "strict"))
+    flag("train_tasks", 300, "training tasks over the three training categories", least=3)
+    flag("eval_tasks", 50, "test tasks per category and per OOD set", least=1)
     g = p.add_argument_group("rollouts")
-    g.add_argument("--prompts", type=int, default=12, help="prompts (groups) per step, over all processes")
-    g.add_argument("--group", type=int, default=8, help="rollouts per prompt")
-    g.add_argument("--max_messages", type=int, default=16, help="model messages per episode")
-    g.add_argument("--max_message_tokens", type=int, default=64, help="tokens per model message")
-    g.add_argument("--max_total_tokens", type=int, default=1024, help="tokens per episode")
-    g.add_argument("--max_observation_tokens", type=int, default=256, help="tokens kept of one tool result (the last ones)")
+    flag("prompts", 12, "prompts (groups) per step, over all processes", least=1)
+    flag("group", 8, "rollouts per prompt", least=2)
+    flag("max_messages", 16, "model messages per episode", least=1)
+    flag("max_message_tokens", 64, "tokens per model message", least=1)
+    flag("max_total_tokens", 1024, "tokens per episode", least=2)
+    flag("max_observation_tokens", 256, "tokens kept of one tool result (the last ones)", least=1)
     g = p.add_argument_group("sampler")
-    g.add_argument("--engine", choices=("hf", "vllm"), default="hf", help="hf = sample from the trained model itself, vllm = "
-                   "from a copy in vLLM, which gets the new weights before every rollout and evaluation")
-    g.add_argument("--kv_cache_gb", type=float, default=0.25, help="vllm: GiB for keys and values, per process")
-    g.add_argument("--engine_dtype", choices=("float32", "bfloat16", "float16"), default=None, help="vllm: precision of its "
-                   "copy; default: --compute_dtype")
-    g.add_argument("--gap_alarm", type=float, default=0.05, help="warn when the metric `gap`, mean |log p trainer - log p "
-                   "sampler| before the first update, is above this")
-    g.add_argument("--correction", choices=CORRECTIONS, default="none", help="weigh the policy loss by min(cap, p trainer / p "
-                   "sampler) per token, or by the product over the rollout (see rl_step.sampler_correction)")
-    g.add_argument("--correction_cap", type=float, default=2.0, help="the cap")
-    g.add_argument("--correct", nargs="+", choices=("policy", "hinted", "truth"), default=["policy"], help="whose rollouts are "
-                   "corrected. hinted: p(token) / p(token | hint); truth: p(token), as if its sampler were certain of each")
+    flag("engine", "hf", "hf = sample from the trained model itself, vllm = from a copy in vLLM, which gets the new weights "
+         "before every rollout and evaluation", choices=("hf", "vllm"))
+    flag("kv_cache_gb", 0.25, "vllm: GiB for keys and values, per process", least=0.001)
+    flag("engine_dtype", None, "vllm: precision of its copy; default: --compute_dtype", choices=("float32", "bfloat16", "float16"))
+    flag("gap_alarm", 0.05, "warn above this `gap`: mean |log p trainer - log p sampler| before the first update", least=0)
+    flag("correction", "none", "weigh the policy loss by min(cap, p trainer / p sampler) per token, or by the product over the "
+         "rollout (see rl_step.sampler_correction)", choices=CORRECTIONS)
+    flag("correction_cap", 2.0, "the cap", least=1)
+    flag("correct", ["policy"], "whose rollouts are corrected. hinted: p(token) / p(token | hint); truth: p(token), as if its "
+         "sampler were certain of each", type=str, nargs="+", choices=("policy", "hinted", "truth"))
     g = p.add_argument_group("policy loss")
-    g.add_argument("--loss", choices=LOSSES, default="grpo", help="variant of the policy loss (see rl_step.py)")
-    g.add_argument("--advantage", choices=("std", "mean"), default=None, help="divide a group's advantages by their std, or "
-                   "only subtract the mean; default: mean for dr_grpo, else std")
-    g.add_argument("--updates", type=int, default=3, help="optimizer updates per RL step; a group is never split")
-    g.add_argument("--clip_low", type=float, default=None, help="1 - clip_low bounds the ratio; default .2 (gspo: 3e-4)")
-    g.add_argument("--clip_high", type=float, default=None, help="default .2 (dapo: .28, gspo: 4e-4)")
-    g.add_argument("--dual_clip", type=float, default=3.0, help="cap of the loss for negative advantages (grpo)")
-    g.add_argument("--kl", choices=KLS, default="k3", help="estimator of the KL to the reference model")
-    g.add_argument("--kl_weight", type=float, default=0.0, help="0 = no reference model at all (the paper: 1e-4)")
+    flag("loss", "grpo", "variant of the policy loss (see rl_step.py)", choices=LOSSES)
+    flag("advantage", None, "divide a group's advantages by their std, or only subtract the mean; default: mean for dr_grpo, "
+         "else std", choices=("std", "mean"))
+    flag("updates", 3, "optimizer updates per RL step; a group is never split", least=1)
+    flag("clip_low", None, "1 - clip_low bounds the ratio; default .2 (gspo: 3e-4)", least=0, type=float)
+    flag("clip_high", None, "default .2 (dapo: .28, gspo: 4e-4)", least=0, type=float)
+    flag("dual_clip", 3.0, "cap of the loss for negative advantages (grpo)", least=1)
+    flag("kl", "k3", "estimator of the KL to the reference model", choices=KLS)
+    flag("kl_weight", 0.0, "0 = no reference model at all (the paper: 1e-4)", least=0)
     g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, default=5e-4, help="learning rate of RL updates (the paper, 1.5 B: 1e-6)")
-    g.add_argument("--sft_lr", type=float, default=5e-4, help="learning rate of SFT updates (the paper: 1e-5 or 1e-6)")
-    g.add_argument("--sft_batch", type=int, default=32, help="demonstrations per SFT step, over all processes")
-    g.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up; the first one has lr / warmup, not 0")
-    g.add_argument("--weight_decay", type=float, default=0.01, help="AdamW weight decay")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    g.add_argument("--micro_tokens", type=int, default=16_384, help="tokens per forward pass, padding included; changes "
-                   "memory and speed, never the result")
+    flag("lr", 5e-4, "learning rate of RL updates (the paper, 1.5 B: 1e-6)", least=0)
+    flag("sft_lr", 5e-4, "learning rate of SFT updates (the paper: 1e-5 or 1e-6)", least=0)
+    flag("sft_batch", 32, "demonstrations per SFT step, over all processes", least=1)
+    flag("warmup", 5, "steps of linear warm-up; the first one has lr / warmup, not 0", least=1)
+    flag("weight_decay", 0.01, "AdamW weight decay", least=0)
+    flag("max_grad_norm", 1.0, "gradients are clipped to this norm", least=0)
+    flag("micro_tokens", 16_384, "tokens per forward pass, padding included; changes memory and speed, never the result", least=1)
     g = p.add_argument_group("embedded model (--model tiny)")
-    g.add_argument("--tiny_hidden", type=int, default=128, help="hidden size, a multiple of 32 (heads have 32 dimensions)")
-    g.add_argument("--tiny_layers", type=int, default=3, help="decoder layers")
-    g.add_argument("--base_steps", type=int, default=450, help="pre-training steps on clean demonstrations")
-    g.add_argument("--base_noisy_steps", type=int, default=200, help="then steps on demonstrations with mistakes")
-    g.add_argument("--base_wrong", type=float, default=0.9, help="there: probability that a call is wrong")
-    g.add_argument("--base_malformed", type=float, default=0.06, help="there: probability that a message is malformed")
-    g.add_argument("--base_seed", type=int, default=0, help="seed of initialisation and pre-training")
+    flag("tiny_hidden", 128, "hidden size, a multiple of 32 (heads have 32 dimensions)", least=32)
+    flag("tiny_layers", 3, "decoder layers", least=1)
+    flag("base_steps", 450, "pre-training steps on clean demonstrations", least=1)
+    flag("base_noisy_steps", 200, "then steps on demonstrations with mistakes", least=0)
+    flag("base_wrong", 0.9, "there: probability that a call is wrong", least=0, most=1)
+    flag("base_malformed", 0.06, "there: probability that a message is malformed", least=0, most=1)
+    flag("base_seed", 0, "seed of initialisation and pre-training")
     g = p.add_argument_group("run")
-    g.add_argument("--out", default=None, help="run folder; default runs/SIGNAL-SCHEDULE-CLOSING-seedN")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    g.add_argument("--eval_only", action="store_true", help="evaluate --model and stop; writes eval.json only if --out is given")
-    g.add_argument("--eval_every", type=int, default=25, help="evaluate every so many steps (-1 = only first and last)")
-    g.add_argument("--probe_every", type=int, default=5, help="measure the control tokens' probabilities every so many steps "
-                   "(analyze_tokens.py; -1 = never)")
-    g.add_argument("--probe_tasks", type=int, default=30, help="ground-truth conversations in the probe (held-out tasks)")
-    g.add_argument("--save_every", type=int, default=25, help="checkpoint every so many steps (-1 = only the last)")
-    g.add_argument("--keep", type=int, default=2, help="newest checkpoints kept (-1 = all)")
-    g.add_argument("--threads", type=int, default=-1, help="CPU threads per process (-1 = PyTorch's choice; with "
-                   "--engine vllm on a CPU, 1)")
+    flag("out", None, "run folder; default runs/SIGNAL-SCHEDULE-CLOSING-seedN")
+    flag("resume", False, "continue the run in --out from its newest checkpoint")
+    flag("eval_only", False, "evaluate --model and stop; writes eval.json only if --out is given")
+    flag("eval_every", 25, "evaluate every so many steps (-1 = only first and last)", least=-1)
+    flag("probe_every", 5, "measure the control tokens' probabilities every so many steps (analyze_tokens.py; -1 = never)", least=-1)
+    flag("probe_tasks", 30, "ground-truth conversations in the probe (held-out tasks)", least=1)
+    flag("save_every", 25, "checkpoint every so many steps (-1 = only the last)", least=-1)
+    flag("keep", 2, "newest checkpoints kept (-1 = all)", least=-1)
+    flag("threads", -1, "CPU threads per process (-1 = PyTorch's choice; with --engine vllm on a CPU, 1)", least=-1)
     a = p.parse_args(argv)
     if a.world == "bfcl":
         p.set_defaults(**BFCL_DEFAULTS)
         a = p.parse_args(argv)
 
     # Flags that cannot work are refused here, before anything is built or written.
-    for name, least in dict(prompts=1, group=2, updates=1, train_tasks=3, eval_tasks=1, max_messages=1, max_message_tokens=1,
-                            max_total_tokens=2, max_observation_tokens=1, sft_batch=1, micro_tokens=1, warmup=1, tiny_layers=1,
-                            steps=0, sft_steps=0, base_steps=1, base_noisy_steps=0, kl_weight=0, weight_decay=0, lr=0, sft_lr=0,
-                            sft_epochs=1, sft_weight=0, alarm_factor=1, alarm_checks=1, burst_rows=1, sft_budget=0, probe_tasks=1,
-                            ops_k=1, hints=1, ets_window=1, judge_workers=1, judge_retries=0, clip_low=0, clip_high=0,
-                            dual_clip=1, max_grad_norm=0, gap_alarm=0, correction_cap=1, kv_cache_gb=0.001).items():
-        if getattr(a, name) is not None and not getattr(a, name) >= least:      # `not >=` also refuses nan
-            p.error(f"--{name} {getattr(a, name)} must be at least {least}")
+    for name, (least, most) in bounds.items():
+        value = getattr(a, name)
+        if isinstance(value, (int, float)) and not least <= value <= most:       # `not` also refuses nan
+            p.error(f"--{name} {value} must be at least {least}" if most == math.inf else
+                    f"--{name} {value} must lie between {least} and {most}")
     for name in ("eval_every", "save_every", "probe_every", "keep", "threads"):
-        if getattr(a, name) == 0 or getattr(a, name) < -1:
-            p.error(f"--{name} {getattr(a, name)} must be -1 or at least 1")
-    for name in ("base_wrong", "base_malformed", "sft_warmup"):
-        if not 0 <= getattr(a, name) <= 1:
-            p.error(f"--{name} {getattr(a, name)} must lie between 0 and 1")
-    if a.tiny_hidden < 32 or a.tiny_hidden % 32:
+        if getattr(a, name) == 0:
+            p.error(f"--{name} 0 must be -1 or at least 1")
+    if a.tiny_hidden % 32:
         p.error(f"--tiny_hidden {a.tiny_hidden} must be a multiple of 32")
     if a.updates > (a.group if a.split_groups else a.prompts):
         p.error(f"--updates {a.updates} is more than " + (f"--group {a.group}" if a.split_groups else f"--prompts {a.prompts}, "
@@ -249,8 +238,6 @@ def parse_args(argv=None):
         p.error("the alarm listens to the probe, so --stop_on_alarm and --schedule adaptive need --probe_every")
     if a.world == "bfcl" and a.model == "tiny":
         p.error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct; tiny knows only its own world")
-    if not 1 <= a.validation <= 99:
-        p.error(f"--validation {a.validation} must lie between 1 and 99")
     if a.acebench and a.world != "bfcl":
         p.error("--acebench goes with --world bfcl")
     if a.sft_file and a.signal != "sft":
@@ -280,28 +267,21 @@ def phases(a):
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def what(step, a, fire=False):
-    """The schedule, a function of the step (and, for adaptive, of the alarm): the parts that step number `step` has.
+def plan(a):
+    """The schedule: the parts of every step, in order.
 
       "rl"      rollouts and policy updates
       "sft"     cross-entropy on a batch of the signal's rows; beside "rl" it is one more term of the same updates
-      "phase"   a whole SFT phase: --sft_epochs passes over the rows that the signal has now (adaptive: --burst_rows of them)
+      "phase"   a whole SFT phase: --sft_epochs passes over the rows that the signal has now (adaptive: --burst_rows of them)"""
+    rl, sft, phase = ("rl",), ("sft",), ("phase",)
+    return {"rl": [rl] * a.steps, "sft": [sft] * a.sft_steps, "sft_then_rl": [sft] * a.sft_steps + [rl] * a.steps,
+            "interleaved": [part for length in phases(a) for part in [rl] * length + [phase]][:-1],
+            "synchronous": [("rl", "sft")] * a.steps, "adaptive": [rl] * a.steps}[a.schedule]
 
-    rl           rl rl rl rl ...                     interleaved  rl rl phase rl rl rl rl phase rl rl rl rl rl rl
-    sft_then_rl  sft sft sft rl rl rl ...            synchronous  rl+sft rl+sft rl+sft ...
-    adaptive     rl rl rl phase+rl rl rl ..."""
-    if a.schedule == "interleaved":
-        for length in phases(a):
-            if step < length:
-                return ("rl",)
-            if step == length:
-                return ("phase",)
-            step -= length + 1
-    if a.schedule == "sft_then_rl":
-        return ("sft",) if step < a.sft_steps else ("rl",)
-    if a.schedule == "adaptive":
-        return ("phase", "rl") if fire else ("rl",)
-    return {"rl": ("rl",), "sft": ("sft",), "synchronous": ("rl", "sft")}[a.schedule]
+
+def what(step, a, fire=False):
+    """The parts of step number `step`; fire (adaptive): a phase comes first"""
+    return ("phase", "rl") if fire else plan(a)[step]
 
 
 def random_bursts(a):
@@ -311,8 +291,7 @@ def random_bursts(a):
 
 
 def total_steps(a):
-    return {"sft": a.sft_steps, "sft_then_rl": a.sft_steps + a.steps,
-            "interleaved": a.steps + len(phases(a)) - 1}.get(a.schedule, a.steps)
+    return len(plan(a))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,10 +482,6 @@ def save_checkpoint(out, step, model, tokenizer, weights, state, keep):
         model.save_pretrained(tmp, state_dict=weights)
         tokenizer.save_pretrained(tmp)
         torch.save(state, tmp / "state.pt")
-        if weights is not None:                  # fully_shard renames the class, and vLLM goes by the name
-            config = json.loads((tmp / "config.json").read_text())
-            config["architectures"] = [name.removeprefix("FSDP") for name in config["architectures"]]
-            (tmp / "config.json").write_text(json.dumps(config, indent=2))
     publish(folder / f"step-{step}", write)
     write_atomically(folder / "latest", f"step-{step}")
     steps = sorted((int(p.name[5:]) for p in folder.glob("step-*")), reverse=True)
@@ -671,8 +646,7 @@ def main(argv=None):
     # ---- run folder -------------------------------------------------------------------------------------------------
     # Besides weights and optimizer a run has no state but these numbers: every random choice is a function of the seed,
     # the step and the place where it is made. (PyTorch's generator is saved for models with dropout.)
-    n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "prompts": 0, "rows": 0, "since_switch": 0, "phase": "",
-         "alarm": vars(alarm)}
+    n = {"step": 0, "rl_steps": 0, "sft_steps": 0, "rows": 0, "since_switch": 0, "phase": ""}
     if checkpoint:
         state = torch.load(Path(checkpoint) / "state.pt", map_location="cpu", weights_only=True, mmap=True)      # the ranks share its pages
         n = state["counters"]
@@ -693,8 +667,8 @@ def main(argv=None):
             cut_log(out / name, start)
     say(f"run folder: {out}, steps {start} to {last}")
 
-    bar = tqdm(total=last, initial=start, desc=str(out), disable=None if rank == 0 else True)      # None: only on a terminal
-    for step in range(start, last + 1):
+    for step in tqdm(       # disable=None: a bar only where the output is a terminal
+            range(start, last + 1), str(out), total=last, initial=start, disable=None if rank == 0 else True):
 
         # ---- the probe, and the alarm that listens to it --------------------------------------------------------------
         probed = a.probe_every > 0 and (step == last or step % a.probe_every == 0)
@@ -766,16 +740,15 @@ def main(argv=None):
 
         if "rl" in parts:
             # ---- roll out: G conversations per prompt, all of them together ---------------------------------------------
-            batch = endless(tasks, n["prompts"], a.prompts, f"{a.seed} prompts")
+            batch = endless(tasks, n["rl_steps"] * a.prompts, a.prompts, f"{a.seed} prompts")
             mine = [g for g in range(a.prompts) if g % world == rank]        # whole groups stay on one rank
             with sampling(engine, model):
                 episodes = roll_out(signal, engine, batch, mine, seed=(a.seed, step))
             credit = credits(episodes, a, step)
-            row |= rollout_metrics(gather([(e.group_id, e.reward, e.states, e.status, sum(e.mask), e.source, c)
-                                           for e, c in zip(episodes, credit)]))
             record_episodes(out / "episodes.jsonl", step, chat, episodes, rank)
-            if type(signal).observe is not Signal.observe:                   # it wants the episodes of all ranks, in order
-                signal.observe(step, sorted(gather(episodes), key=lambda e: (e.group_id, e.sample)))
+            everyones = gather(list(zip(episodes, credit)))
+            row |= rollout_metrics(everyones)
+            signal.observe(step, sorted((e for e, _ in everyones), key=lambda e: (e.group_id, e.sample)))
             row["rollout_s"] = time.time() - began
 
             # ---- rows that were not sampled as they are trained get the trainer's own log-probabilities ----------------
@@ -822,7 +795,6 @@ def main(argv=None):
                 say(f"step {step:4d}  WARNING: trainer and sampler differ by {row['gap']:.3g} per token (--gap_alarm "
                     f"{a.gap_alarm:g}), at most by {row['gap_max']:.3g}; --correction token weighs the loss accordingly")
             n["rl_steps"] += 1
-            n["prompts"] += a.prompts
 
         elif "sft" in parts:
             # ---- one cross-entropy update on a batch of the signal's rows -----------------------------------------------
@@ -845,8 +817,6 @@ def main(argv=None):
             say(f"step {step:4d}  WARNING: {row['skipped_updates']} update(s) skipped, loss or gradient not finite")
         append_line(out / "metrics.jsonl", row, rank)
         say(one_line(row))
-        bar.update()
-    bar.close()
 
     # ---- summary ------------------------------------------------------------------------------------------------------
     if rank == 0:
@@ -871,13 +841,9 @@ def credits(episodes, a, step):
 def endless(items, start, n, seed):
     """n items from position `start` of an endless stream of shuffled passes: a pure function, so resuming needs no more
     than the position."""
-    order, out = {}, []
-    for i in range(start, start + n):
-        lap, k = divmod(i, len(items))
-        if lap not in order:
-            order[lap] = random.Random(f"{seed} {lap}").sample(range(len(items)), len(items))
-        out.append(items[order[lap][k]])
-    return out
+    laps = range(start // len(items), -(-(start + n) // len(items)))                 # the passes that it touches
+    stream = [item for lap in laps for item in random.Random(f"{seed} {lap}").sample(items, len(items))]
+    return stream[start % len(items):][:n]
 
 
 def set_lr(optimizer, lr):

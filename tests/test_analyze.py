@@ -261,7 +261,7 @@ def test_alarm_and_fall_on_made_up_rows():
     assert study.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
     assert study.permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20) and study.permutation([1, 2], [1, 2]) == 1
     assert study.points([.2, .2, .2], [.1, .1, .1]) == "+10 (+10 to +10)"
-    assert study.ground_truth("ops", rows) == 40 * 12 and study.ground_truth("ets", [*rows, {"sft_visits": 7}]) == 7
+    assert study.supervised("ops", rows) == 40 * 12 and study.supervised("ets", [*rows, {"sft_visits": 7}]) == 7
     assert study.falls([rows, made([.4] * 40)], "reward") == "1 of 2 (24)"
     assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)" and study.late(rows, "reward", n=30) == pytest.approx(.4 / 3)
 
