@@ -539,11 +539,11 @@ def draw(paths, png):
         for step, then in zip(alarm, [*list(alarm)[1:], last]):
             for ax in (top, spike) if alarm[step] else ():
                 ax.axvspan(step, then, color="#dddddd", zorder=0)
-        phases = [r["step"] for r in rows if "sft_updates" in r]
-        top.plot(phases, [0] * len(phases), "k^", ms=4, clip_on=False)
+        if phases := [r["step"] for r in rows if "sft_updates" in r]:
+            top.plot(phases, [0] * len(phases), "k^", ms=4, clip_on=False)
         for ax in (top, middle, spike, far) if found else ():
             ax.axvline(found["step"], color="black", ls=":", lw=1.2)
-        top.set_title(run_name(path) + (f": collapse at step {found['step']}" if found else ""), fontsize=9)
+        top.set_title(run_name(path) + "\n" + (f"collapse at step {found['step']}" if found else "no collapse"), fontsize=9)
         far.set_xlabel("step")
     for ax, label in zip(axes[:, 0], ("reward (mean of 5 steps)\n^ = an SFT phase", "share of messages",
                                       "P(<tool_call>)\nwhere text should begin", "mean change of log p\n(ground truth, nats)")):

@@ -416,8 +416,8 @@ def story_table():
     return "\n".join(lines)
 
 
-def pressure_table(names=("none", "strict", "fast", *(f"fast_{x}" for x in ("random_reward", "shuffled_reward", "negative_only",
-                                                                             "positive_only"))), first=0):
+def pressure_table(names=("none", "strict", "slow", "fast", *(f"fast_{x}" for x in (
+        "random_reward", "shuffled_reward", "negative_only", "positive_only", "mask_control"))), first=0):
     """Who pushes the logit of the open tag and of the end token? Per RL step (from `first` on) and 1,000 trained tokens"""
     lines = ["| recipe | token | sampled in a clean message | sampled in a malformed one | others, A > 0 | others, A < 0 | sum |",
              "|---" * 7 + "|"]
