@@ -66,6 +66,7 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "positive_only": ("--only positive", 5),
     "negative_only": ("--only negative", 3),
     "random_reward": ("--reward random", 3),
+    "mask_control": ("--mask_control", 3),
     "shuffled_reward": ("--reward shuffled", 3),
     "ets_more_rows": ("--signal ets --schedule interleaved --sft_epochs 8", 3),     # about as many rows as prs trains
     "hbg_hint_kept": ("--signal hbg --hint_in_update", 3),
@@ -77,6 +78,7 @@ RECIPES = {                                      # name: (flags, seeds); a later
     "slow_strict": (SLOW + " --closing strict", 3),
     "slow_shuffled_reward": (SLOW + " --reward shuffled", 3),
     "slow_negative_only": (SLOW + " --only negative", 3),
+    "slow_mask_control": (SLOW + " --mask_control", 3),
     "slow_sft_then_rl": (SLOW + " --signal sft --schedule sft_then_rl", 3),
     "slow_ops": (SLOW + " --signal ops", 3),
     "slow_hbg": (SLOW + " --signal hbg", 3),
@@ -157,7 +159,7 @@ def run_one(name, seed):
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
         "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize")
 SLOWS = tuple(name for name in RECIPES if name.startswith("slow"))
-CAUSES = ("random_reward", "shuffled_reward", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
+CAUSES = ("random_reward", "shuffled_reward", "mask_control", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
