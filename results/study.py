@@ -159,7 +159,8 @@ def run_one(name, seed):
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5", "ets_sft_lr2e-3", "prs",
         "ets_more_rows", "adaptive", "random_time", "ets_sync", "retokenize")
 SLOWS = tuple(name for name in RECIPES if name.startswith("slow"))
-CAUSES = ("random_reward", "shuffled_reward", "mask_control", "negative_only", "positive_only", *(name for name in RECIPES if name.startswith("fast")))
+CAUSES = ("random_reward", "shuffled_reward", "mask_control", "negative_only", "positive_only",
+          *(name for name in RECIPES if name.startswith("fast")))
 DETECTORS = ("p/open|text", "p/open|off", "p/end|off", "p/close|off", "p/json|in_text", "state/polluted", "entropy", "kl_sampler",
              "grad_norm")
 MALFORMED = tuple(f"state/{s}" for s in STATES if s not in ("call", "reply"))
