@@ -1,44 +1,98 @@
-"""rl_step.py -- advantages and the policy loss (GRPO and its relatives). Floor 2.
+"""rl_step.py -- credit, advantages, the policy loss, and the policy updates of a step (GRPO). Floor 2.
 
-GRPO in one paragraph: sample G rollouts of one prompt, reward each, and take as advantage how much better than its own
-group a rollout did. No value network. Every token that the rollout sampled is pushed up (A > 0) or down (A < 0) alike:
+GRPO in one paragraph: sample G rollouts of one prompt, reward each, and take as advantage how much better
+than its own group a rollout did. No value network. Every token that the rollout sampled is pushed up (A > 0)
+or down (A < 0) alike:
 
     A_i = (r_i - mean(r)) / std(r)                                  one number per rollout
     L   = -sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A) / n      rho_t = p_new(token t) / p_old(token t)
 
-p_old is the policy before the step's updates: the sampler's numbers, or with --correction the trainer's.
+p_old is the policy before the step's updates: the sampler's numbers, where it sampled the row as it is
+trained.
 
-Here the paper's account of the collapse begins: the reward says THAT the rollout was good, not WHICH token was in its place, so
-an open tag at the end of a lucky rollout is pushed up as if it had earned the reward. `pressure` measures whether that is so.
+Here the paper's account of the collapse begins: the reward says THAT the rollout was good, not WHICH token
+was in its place, so an open tag at the end of a lucky rollout is pushed up as if it had earned the reward.
+`pressure` measures whether that is so.
 
-Shapes:  N = trained tokens of the micro-batch, flat;  row [N] tells which rollout each belongs to.
+Shapes:  N = trained tokens of the micro-batch, flat;  B = its rows (Episodes);  K = watched token ids.
 """
 import math
+import random
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from sft_step import in_step, is_packed, micro_batches, over_ranks, token_logprobs
+from rollout import is_clean
+from sft_step import (at_trained, in_step, micro_batches, my_share, optimizer_step, over_ranks, set_lr,
+                      sft_backward, shuffled_passes, token_logprobs)
 
-KLS = ("k1", "k2", "k3")
-CORRECTIONS = ("none", "token", "sequence")
+# ------------------------------------------------------------------------------------------------------------
+# 1. From rewards to advantages
 
 
-def advantages(rewards, group_ids, normalise=True):
-    """rewards [1, 0, 0, 1, 1], group_ids [7, 7, 7, 8, 8] -> [1.15, -0.58, -0.58, 0, 0]
+def assign_credit(episodes, kind, seed, step):
+    """--reward -> the numbers that the advantages are made of, one per episode; the metric `reward` stays the
+    task's.
 
-    std is the unbiased one (n - 1), as in the paper's code. A group whose rewards are all equal says nothing: 0.
-    normalise=False (Dr. GRPO): only the mean is subtracted; dividing by std weighs very easy and very hard prompts up."""
-    out = [0.0] * len(rewards)
-    for g in set(group_ids):
-        members = [i for i, gid in enumerate(group_ids) if gid == g]
-        r = torch.tensor([rewards[i] for i in members], dtype=torch.float64)
+      task      the episode's reward
+      format    the same, + 0.5 if every message is clean
+      random    a coin that shows 1 in 5 times
+      shuffled  the group's own rewards, dealt out anew: as many mixed groups, as large advantages, nothing to learn"""
+    if kind == "random":
+        coins = [random.Random(f"{seed} {step} {e.group_id} {e.sample}").random() for e in episodes]
+        return [float(coin < 0.2) for coin in coins]
+    if kind == "shuffled":
+        groups = {e.group_id: [] for e in episodes}
+        for e in episodes:
+            groups[e.group_id].append(e.reward)
+        for group_id, rewards in groups.items():
+            random.Random(f"{seed} {step} {group_id}").shuffle(rewards)
+        return [groups[e.group_id].pop() for e in episodes]
+    bonus = 0.5 if kind == "format" else 0.0
+    return [e.reward + bonus * is_clean(e.states) for e in episodes]
+
+
+def advantages(credit, group_ids, only=None):
+    """credit [1, 0, 0, 1, 1], group_ids [7, 7, 7, 8, 8] -> [1.15, -0.58, -0.58, 0, 0]
+
+    std is the unbiased one (n - 1), as in the paper's code. A group whose credit is all equal says nothing:
+    0. only: "positive" or "negative", the others become 0"""
+    adv = [0.0] * len(credit)
+    for group_id in set(group_ids):
+        members = [i for i, g in enumerate(group_ids) if g == group_id]
+        r = torch.tensor([credit[i] for i in members], dtype=torch.float64)          # [G]
         a = r - r.mean()
-        if normalise and len(members) > 1:
+        if len(members) > 1:
             a = a / (r.std() + 1e-6)
         for i, value in zip(members, a.tolist()):
-            out[i] = value
-    return out
+            adv[i] = value
+    if only:
+        adv = [x if (x > 0) == (only == "positive") else 0.0 for x in adv]
+    return adv
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. The loss of a token
+
+
+@dataclass
+class Tokens:
+    """The trained tokens of a micro-batch: all that a loss may look at. The counts are those of the whole
+    update."""
+    rows: list                                   # the B Episodes
+    owner: torch.Tensor                          # [N] which of them each token belongs to
+    ids: torch.Tensor                            # [N]
+    adv: torch.Tensor                            # [N] the advantage of its rollout
+    logp: torch.Tensor                           # [N] log p_new, with gradient
+    logp_old: torch.Tensor                       # [N] log p_old
+    ratio: torch.Tensor  # [N] rho = p_new / p_old, or what the signal puts in its place
+    n_tokens: float = 1.0                        # trained tokens of the update, over all ranks
+    n_rows: float = 1.0                          # its rollouts
+
+    def of_rows(self, values):
+        """One value per row -> the same per token: [True, False] -> [True, True, True, False]"""
+        return torch.tensor(values, device=self.logp.device)[self.owner]             # [B] -> [N]
 
 
 def clipped(ratio, adv, low, high):
@@ -46,170 +100,200 @@ def clipped(ratio, adv, low, high):
     return torch.min(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
 
 
-def grpo(logp, ratio, adv, low, high, c):
-    """Dual clip: for A < 0 and rho >> 1 the product rho A is unbounded, so it is capped at c A."""
-    objective = clipped(ratio, adv, low, high)
-    return -torch.where(adv < 0, torch.max(objective, c * adv), objective)
+DUAL_CLIP = 3.0
 
 
-def plain(logp, ratio, adv, low, high, c):
-    """PPO's clip. DAPO is this with clip-higher (train.py sets high = .28: rare tokens may grow faster)."""
-    return -clipped(ratio, adv, low, high)
+def grpo(t, low, high):
+    """The paper's: PPO's clip, and a dual clip: for A < 0 and rho >> 1 the product rho A is unbounded, so it
+    is capped
+    at DUAL_CLIP A.   -> loss per token [N]; the caller sums and divides by n_tokens: all tokens weigh the same"""
+    objective = clipped(t.ratio, t.adv, low, high)
+    return -torch.where(t.adv < 0, torch.max(objective, DUAL_CLIP * t.adv), objective)
 
 
-def cispo(logp, ratio, adv, low, high, c):
-    """Clip the WEIGHT and keep the gradient, so that no token is ever dropped: -sg(min(rho, 1 + e)) A log p"""
-    return -ratio.clamp(max=1 + high).detach() * adv * logp
+def dapo(t, low, high):
+    """PPO's clip alone; with --clip_high 0.28 DAPO's "clip higher": rare tokens may grow faster"""
+    return -clipped(t.ratio, t.adv, low, high)
 
 
-# Loss per token [N] from logp, ratio, adv [N] and the clip constants. A new loss is one more function here. What also
-# belongs to a variant: dr_grpo = advantages that are not divided by std, and a constant normaliser; gspo = one ratio per
-# sequence, and the mean over sequences (see policy_loss and normaliser).
-LOSSES = {"grpo": grpo, "dr_grpo": plain, "dapo": plain, "gspo": plain, "cispo": cispo}
-
-
-def policy_loss(logp, old, adv, row, lengths, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, shaped=None):
-    """logp, old, adv [N] (new and sampled log-probabilities; each token's advantage), lengths [B] trained tokens per row,
-    shaped [N] bool: tokens of ground truth whose ratio is replaced by p / (p + 0.1) (OPS as the paper intends: there is no
-    old policy to compare with, and unlikely tokens get the largest gradient)
-    -> loss per token [N], was it clipped [N].   The caller sums and divides (see `normaliser`)."""
-    low, high = clip
-    log_ratio = (logp - old).clamp(-20, 20)                          # the clamp keeps exp finite
-    if loss == "gspo":   # one ratio per SEQUENCE: the geometric mean of its tokens' ratios, so that length does not matter
-        log_ratio = (torch.zeros_like(lengths).index_add(0, row, log_ratio) / lengths)[row]          # [B] -> [N]
-    ratio = log_ratio.exp()                                          # rho = p_new / p_old
-    if shaped is not None:
-        ratio = torch.where(shaped, logp.exp() / (logp.exp() + 0.1), ratio)
-    loss_t = LOSSES[loss](logp, ratio, adv, low, high, dual_clip)    # [N]
-    if loss == "gspo":   # mean over the tokens of a sequence; the caller then averages over sequences
-        loss_t = loss_t / lengths[row]
-    outside = torch.where(adv > 0, ratio > 1 + high, (adv < 0) & (ratio < 1 - low))
-    return loss_t, outside.float()
-
-
-def sampler_correction(old, sampler, row, n_rows, kind, cap):
-    """Truncated importance sampling (TIS). Another engine, or another precision, samples from a slightly different policy
-    than the one that is trained. Then rho_t = p_new / p_old, with p_old of the TRAINER before its update, is the ratio of the
-    clip, and the weight w makes up for the tokens having come from p_sampler; no gradient flows through w:
-
-        L = -sum_t w_t min(rho_t A, clip(rho_t) A) / n          token     w_t = min(C, p_old(t) / p_sampler(t))
-                                                                sequence  w_t = min(C, prod_s p_old(s) / p_sampler(s))
-
-    token is low in variance, and ignores that the contexts came from the sampler too; sequence, over all trained tokens of
-    the rollout, has no bias but that of the cap, and its variance grows with the length.
-    old, sampler [N] log-probabilities (equal where nothing is to be corrected: w = 1), row [N] < n_rows   -> w [N]"""
-    log_w = old - sampler                                            # [N]
-    if kind == "sequence":
-        log_w = log_w.new_zeros(n_rows).index_add(0, row, log_w)[row]                                # [B] -> [N]
-    return log_w.clamp(max=math.log(cap)).exp()                      # = min(C, exp(log_w)), and exp never overflows
-
-
-def normaliser(loss, n_tokens, n_rows, max_tokens):
-    """What the sum of per-token losses is divided by; all counts are global.
-      grpo, dapo, cispo   tokens                     every token weighs the same (the paper's aggregation)
-      gspo                rollouts                   every sequence weighs the same
-      dr_grpo             rollouts x max_tokens      a constant: long wrong answers get no discount"""
-    return {"gspo": n_rows, "dr_grpo": n_rows * max_tokens}.get(loss, n_tokens)
+KLS = ("k2", "k3")
+# A new loss is one more function of Tokens here, and its name. README shows GSPO that way.
+LOSSES = {"grpo": grpo, "dapo": dapo}
 
 
 def kl_penalty(logp, ref, kind="k3"):
-    """Per-token estimate of KL(new || reference) from tokens of the new policy; d = log p_ref - log p_new   [N]
-      k1  -d                 unbiased, high variance, may be negative
+    """Per-token estimate of KL(new || reference) from tokens of the new policy [N]; d = log p_ref - log p_new
       k2  d^2 / 2            biased, always positive; its GRADIENT is the KL's
       k3  exp(d) - d - 1     unbiased, always positive (the paper's)"""
     d = (ref - logp).clamp(-20, 20)
-    return {"k1": -d, "k2": d * d / 2, "k3": (d.exp() - d - 1).clamp(-10, 10)}[kind]
+    return {"k2": d * d / 2, "k3": (d.exp() - d - 1).clamp(-10, 10)}[kind]
+
+
+def sampler_weight(logp_old, sampler, cap):
+    """Truncated importance sampling (TIS). Another engine, or another precision, samples from a slightly
+    different policy than the one that is trained. Then rho_t = p_new / p_old, with p_old of the TRAINER
+    before its update, is the ratio of the clip, and the weight w makes up for the tokens having come from
+    p_sampler; no gradient through w:
+
+        L = -sum_t w_t min(rho_t A, clip(rho_t) A) / n       w_t = min(cap, p_old(t) / p_sampler(t))   [N]"""
+    return (logp_old - sampler).clamp(max=math.log(cap)).exp()       # exp never overflows
+
+
+PRESSURES = ("clean", "malformed", "others_up", "others_down")       # as metrics: push/open|clean, ...
 
 
 def pressure(adv, p, target, malformed, ids):
-    """Where does the push on a control token's logit come from? The policy gradient (at ratio 1 and without clipping: exactly
-    that of a step's first update) moves logit k at place t by
+    """Where does the push on a control token's logit come from? The policy gradient (at ratio 1 and without
+    clipping: exactly that of a step's first update) moves logit k at place t by
 
         d/dlogit_k  A_t log p(x_t)  =  A_t (1[x_t = k] - p_t(k))
 
-    so a token is pushed where it was sampled, by A (1 - p), and where something else was sampled, by -A p: a NEGATIVE
-    advantage on other tokens raises it too. The sums run over ALL places, right and wrong ones: what stood there in the
-    ground truth is not known of a rollout. adv, target [N], malformed [N] (the token's message is not clean), p [N, K]
-    -> [K, 4] sums over the tokens:   sampled in a clean message | sampled in a malformed one | not sampled, A > 0 | A < 0"""
-    k = target[:, None] == torch.tensor(ids, device=target.device)                                   # [N, K]
-    g, a = adv[:, None] * (k.float() - p), adv[:, None]                                              # [N, K], [N, 1]
-    bad = malformed[:, None]
-    return torch.stack([(g * part).sum(0) for part in (k & ~bad, k & bad, ~k & (a > 0), ~k & (a < 0))], -1)
+    so a token is pushed where it was sampled, by A (1 - p), and where something else was sampled, by -A p: a
+    NEGATIVE advantage on other tokens raises it too. The sums run over ALL places, right and wrong ones: what
+    stood there in the ground truth is not known of a rollout. adv, target [N], malformed [N] (the token's
+    message is not clean), p [N, K]
+    -> [K, 4] sums:   sampled in a clean message | sampled in a malformed one | not sampled, A > 0 | A < 0"""
+    hit = target[:, None] == torch.tensor(ids, device=target.device)                 # [N, K]
+    a, bad = adv[:, None], malformed[:, None]                                        # [N, 1]
+    push = a * (hit.float() - p)                                                     # [N, K]
+    parts = (hit & ~bad, hit & bad, ~hit & (a > 0), ~hit & (a < 0))
+    return torch.stack([(push * part).sum(0) for part in parts], -1)
 
 
-PRESSURES = ("clean", "malformed", "others_up", "others_down")       # the four columns, as metrics: push/open|clean, ...
+# ------------------------------------------------------------------------------------------------------------
+# 3. The gradient of one update
+
+
+def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_weight=0.0, reference=None,
+                signal_ratio=None, masked_ids=(), watch=None, correction=0.0, micro_tokens=16_384):
+    """Adds the gradient of  sum(policy loss) / n_tokens + kl_weight * sum(KL) / n_tokens  to .grad -> metrics
+
+    rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no
+    policy gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the
+    count, otherwise the step size would depend on how many groups happened to be mixed. signal_ratio: Tokens
+    -> ratio [N] (supervision.Signal.ratio). masked_ids: what a NEGATIVE advantage does not push. watch:
+    {"open": id, "end": id}, whose pressure is measured. correction: cap of sampler_weight, 0 = none."""
+    device, watch = model.device, watch or {}
+    n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
+    pairs = [(row, a) for row, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
+    batches = micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids))
+    sums = dict.fromkeys(("loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled"), 0.0)
+    push, gap_max = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64), 0.0
+    for batch in in_step(batches, model, reference):
+        batch_rows, batch_adv = [row for row, _ in batch], [a for _, a in batch]
+        scored = token_logprobs(model, batch_rows, watch=watch.values())
+        t = make_tokens(batch_rows, batch_adv, scored, n_tokens, n_rows, masked_ids)
+        # Rows that nobody sampled as they are trained have no sampler: p_old stands in for it.
+        as_sampled = t.of_rows([row.as_sampled for row in batch_rows])  # [N] bool
+        sampler = torch.where(as_sampled, at_trained(batch_rows, "logprobs", device), t.logp_old)    # [N]
+        if signal_ratio:
+            t.ratio = signal_ratio(t)
+        loss_t = LOSSES[loss](t, *clip)                                                              # [N]
+        if correction:
+            loss_t = loss_t * sampler_weight(t.logp_old, sampler, correction)                        # [N]
+        total = loss_t.sum() / n_tokens
+        kl_t = torch.zeros_like(t.logp)
+        if kl_weight > 0:
+            with torch.no_grad():
+                ref = token_logprobs(reference, batch_rows).logp                                     # [N]
+            kl_t = kl_penalty(t.logp, ref, kl)
+            total = total + kl_weight * kl_t.sum() / n_tokens
+        total.backward()
+        with torch.no_grad():                    # from here on: what is logged
+            low, high = clip
+            outside = torch.where(t.adv > 0, t.ratio > 1 + high, (t.adv < 0) & (t.ratio < 1 - low))
+            gap = (t.logp - sampler).abs() * as_sampled
+            gap_max = max(gap_max, gap.max().item())
+            found = {"loss": total, "clip_frac": outside.float().sum(), "entropy": scored.entropy.sum(),
+                     "kl_sampler": kl_penalty(t.logp, sampler).sum(), "kl_ref": kl_t.sum(),
+                     "tokens": torch.ones_like(t.logp).sum(), "gap": gap.sum(), "sampled": as_sampled.sum()}
+            for name, value in found.items():
+                sums[name] += value.item()
+            if watch:
+                push += pressure(t.adv, scored.watched, t.ids, in_malformed(batch_rows, device),
+                                 list(watch.values())).double().cpu()
+    sums = dict(zip(sums, over_ranks(list(sums.values()))))
+    pushes = over_ranks(push.flatten().tolist())
+    metrics = {"loss": sums["loss"], "rl_tokens": sums["tokens"], "tokens": n_tokens,
+               "gap": sums["gap"] / max(sums["sampled"], 1.0),
+               "gap_max": over_ranks([gap_max], dist.ReduceOp.MAX)[0]}
+    for name in ("clip_frac", "entropy", "kl_sampler", "kl_ref"):
+        metrics[name] = sums[name] / max(sums["tokens"], 1.0)
+    names = [f"push/{name}|{part}" for name in watch for part in PRESSURES]
+    return metrics | {name: value / n_tokens for name, value in zip(names, pushes)}
+
+
+def make_tokens(rows, adv, scored, n_tokens, n_rows, masked_ids):
+    """Rows, their advantages, and what the trainer's forward pass said about them -> Tokens"""
+    device = scored.logp.device
+    assert all(row.logprobs_old is not None for row in rows), "set_old_logprobs comes first"
+    logp_old, ids = at_trained(rows, "logprobs_old", device), at_trained(rows, "ids", device)        # [N]
+    a = torch.tensor(adv, device=device)[scored.owner]  # [B] -> [N]
+    if masked_ids:
+        a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
+    ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; the clamp keeps exp finite
+    return Tokens(rows, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
+
+
+def in_malformed(rows, device):
+    """-> [N] bool: is the token's message neither a call nor a reply?"""
+    flags = []
+    for span in [span for row in rows for span in row.spans if span.who == "model"]:
+        flags += [not is_clean([span.state])] * (span.end - span.start)
+    return torch.tensor(flags, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. The policy updates of a step
 
 
 @torch.no_grad()
-def recompute_logprobs(model, rows, micro_tokens=16_384, corrected=()):
-    """Replace .logprobs by the trainer's own, where nobody sampled the row as it is trained (ground truth, removed hints,
-    re-encoded text). The ratio then starts at 1. -> of the hinted rows, the mean over all ranks' tokens of (old value - new
-    value): the log ratio p(token | hint) / p(token | no hint) that the update ignores.
-    Rows of the sources `corrected` keep .logprobs, and the trainer's own become .old (see sampler_correction)."""
-    gap, n = 0.0, 0
-    for batch in in_step(micro_batches(rows, micro_tokens, packed=is_packed(model)), model):
-        logp, *_ = token_logprobs(model, batch)
-        values = iter(logp.tolist())
-        for r in batch:
-            own = [next(values) if m else 0.0 for m in r.mask]
-            if r.source == "hinted":
-                gap, n = gap + sum(r.logprobs) - sum(own), n + sum(r.mask)
-            setattr(r, "old" if r.source in corrected else "logprobs", own)
-    gap, n = over_ranks([gap, n], model.device)
-    return gap / max(n, 1)
+def set_old_logprobs(model, rows, correction, micro_tokens):
+    """p_old of every row: the sampler's numbers; but the trainer's own where nobody sampled the row as it is
+    trained (ground truth, a removed hint, re-encoded text), so that the ratio starts at 1, and, with
+    --correction, of the policy's rollouts too, whose sampler then stands beside it (sampler_weight)."""
+    unsampled = [row for row in rows if not row.as_sampled or (correction and row.source == "policy")]
+    for row in rows:
+        row.logprobs_old = row.logprobs
+    for batch in in_step(micro_batches(unsampled, micro_tokens), model):
+        values = iter(token_logprobs(model, batch).logp.tolist())
+        for row in batch:
+            row.logprobs_old = [next(values) if trained else 0.0 for trained in row.mask]
 
 
-def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), dual_clip=3.0, kl="k3", kl_weight=0.0, reference=None,
-                shaped=False, masked_ids=(), watch=None, correction="none", cap=2.0, micro_tokens=16_384, max_tokens=2048):
-    """Adds the gradient of  sum(policy loss) / n + kl_weight * sum(KL) / n_tokens  to .grad.
+def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, reference, chat, rows, position):
+    """--updates optimizer updates on this rank's episodes (with .logprobs_old), some of the groups each ->
+    metrics
 
-    rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no policy
-    gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the count n, otherwise the
-    step size would depend on how many groups happened to be mixed.
-    shaped: ground-truth rows use the shaped ratio. masked_ids: tokens that a NEGATIVE advantage does not push.
-    watch: {"open": id, "end": id}, whose pressure (see above) is measured on the way, per trained token.
-    correction, cap: of the gap between trainer and sampler, for rows that have .old (see sampler_correction)."""
-    device = model.device
-    n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)], device)
-    n = normaliser(loss, n_tokens, n_rows, max_tokens)
-    pairs = [(r, a) for r, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
-    watch, sums, gap_max = watch or {}, torch.zeros(8, dtype=torch.float64), 0.0
-    push = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64)
-    batches = micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids), packed=is_packed(model))
-    for batch in in_step(batches, model, reference):
-        batch_rows = [r for r, _ in batch]
-        logp, entropy, row, watched = token_logprobs(model, batch_rows, watch=watch.values())        # [N] each, [N, K]
-        trained = lambda of: torch.tensor([x for r in batch_rows for x, m in zip(of(r), r.mask) if m], device=device)
-        sampler, old, target = trained(lambda r: r.logprobs), trained(lambda r: r.old or r.logprobs), trained(lambda r: r.ids)  # [N]
-        a = torch.tensor([a for _, a in batch], device=device)[row]                                  # [N]
-        if masked_ids:
-            a = torch.where((a < 0) & torch.isin(target, torch.tensor(masked_ids, device=device)), 0.0, a)
-        truth = torch.tensor([r.source == "truth" for r in batch_rows], device=device)[row] if shaped else None  # [N]
-        lengths = torch.tensor([float(sum(r.mask)) for r in batch_rows], device=device)              # [B]
-        loss_t, was_clipped = policy_loss(logp, old, a, row, lengths, loss, clip, dual_clip, truth)  # [N]
-        if correction != "none":
-            loss_t = loss_t * sampler_correction(old, sampler, row, len(batch_rows), correction, cap)            # [N]
-        total = loss_t.sum() / n
-        kl_t = torch.zeros_like(logp)
-        if kl_weight > 0:
-            with torch.no_grad():
-                ref, *_ = token_logprobs(reference, batch_rows)
-            kl_t = kl_penalty(logp, ref, kl)
-            total = total + kl_weight * kl_t.sum() / n_tokens
-        total.backward()
-        if watch:
-            malformed = torch.tensor([s.state not in ("call", "reply") for r in batch_rows for s in r.spans
-                                      if s.who == "model" for _ in range(s.start, s.end)], device=device)       # [N]
-            push += pressure(a, watched, target, malformed, list(watch.values())).double().cpu()
-        with torch.no_grad():
-            sampled = torch.tensor([float(r.source == "policy") for r in batch_rows], device=device)[row]        # [N]
-            gap = (logp - sampler).abs() * sampled                   # [N], of hinted and ground-truth rows it says nothing
-            gap_max = max(gap_max, gap.max().item())
-            sums += torch.stack([total, was_clipped.sum(), entropy.sum(), gap.sum(), sampled.sum(), kl_penalty(logp, sampler).sum(),
-                                 kl_t.sum(), torch.tensor(float(len(logp)), device=device)]).double().cpu()
-    total, was_clipped, entropy, gap, sampled, kl_sampler, kl_ref, tokens, *push = over_ranks(
-        [*sums.tolist(), *push.flatten().tolist()], device)
-    m, names = max(tokens, 1.0), [f"push/{name}|{part}" for name in watch for part in PRESSURES]
-    return {"loss": total, "clip_frac": was_clipped / m, "entropy": entropy / m, "gap": gap / max(sampled, 1.0),
-            "gap_max": over_ranks([gap_max], device, dist.ReduceOp.MAX)[0], "kl_sampler": kl_sampler / m,
-            "kl_ref": kl_ref / m, "rl_tokens": tokens, "tokens": n_tokens} | {k: v / n_tokens for k, v in zip(names, push)}
+    rows: the signal's rows, if the schedule is synchronous: their cross-entropy is one more term of each
+    update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""
+    model.train()
+    set_lr(optimizer, lr)
+    masked_ids = list(chat.control_ids().values()) if args.mask_control else []
+    done = []
+    for u in range(args.updates):
+        mine = [i for i, e in enumerate(episodes) if mini_batch(e, args) == u]
+        metrics = rl_backward(
+            model, [episodes[i] for i in mine], [adv[i] for i in mine],
+            loss=args.loss, clip=(args.clip_low, args.clip_high), signal_ratio=signal.ratio, masked_ids=masked_ids,
+            kl=args.kl, kl_weight=args.kl_weight, reference=reference, correction=args.correction,
+            watch={"open": chat.open_id, "end": chat.end_id}, micro_tokens=args.micro_tokens)
+        if rows:
+            some = shuffled_passes(rows, position + u * args.sft_batch, args.sft_batch, f"{args.seed} rows")
+            metrics |= sft_backward(model, my_share(some), args.sft_weight, args.micro_tokens)
+        loss = metrics["loss"] + metrics.get("sft_loss", 0.0)
+        done.append(metrics | optimizer_step(model, optimizer, loss))
+    step = {name: sum(m[name] for m in done) / len(done) for name in done[0]}
+    step |= {name: sum(m[name] for m in done) for name in ("tokens", "rl_tokens", "skipped_updates")}
+    step |= {name: done[0][name] for name in ("gap", "gap_max")}     # before any update: about 0
+    if rows:
+        step["sft_visits"] = args.updates * args.sft_batch
+    return step
+
+
+def mini_batch(episode, args):
+    """The update that an episode belongs to. A group stays together: its advantages are compared with each
+    other. (The paper's release spreads it over the mini-batches.)"""
+    if args.as_released:
+        return episode.sample * args.updates // args.group
+    return episode.group_id * args.updates // args.prompts

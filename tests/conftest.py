@@ -3,45 +3,49 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only fight each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")    # small models: more threads only fight each other
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import supervision  # noqa: E402
+import make_base  # noqa: E402
 import train  # noqa: E402
 from rollout import Chat  # noqa: E402
 
 torch.set_num_threads(1)
-SMALL = ["--tiny_hidden", "32", "--tiny_layers", "1", "--base_steps", "4", "--base_noisy_steps", "1"]
-
-
-RUN = [*SMALL, "--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
+RUN = ["--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
        "--max_message_tokens", "24", "--max_messages", "16"]
 TIMES = {"seconds", "rollout_s"}
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder with the pre-trained (four steps...) base in runs/, shared by all tests here."""
+    """A folder with the embedded base (pre-trained for five steps...) and a first run, shared by all
+    tests."""
     path = tmp_path_factory.mktemp("work")
     before = os.getcwd()
     os.chdir(path)
+    make_base.main(["--hidden", "32", "--layers", "1", "--steps", "4", "--noisy_steps", "1",
+                    "--out", str(train.BASE)])
     assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
     yield path
     os.chdir(before)
 
 
 def rows(out):
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
-            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl, without what differs between two equal runs"""
+    records = []
+    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        records.append({k: v for k, v in record.items() if k not in TIMES})
+    return records
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return supervision.tiny_tokenizer()
+    return make_base.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +55,6 @@ def chat(tokenizer):
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    """A randomly initialised Qwen2 of two layers; sharp enough (initializer_range) that its samples differ."""
-    a = train.parse_args(["--tiny_hidden", "64", "--tiny_layers", "2"])
-    return supervision.tiny_model(len(tokenizer), a).eval()
+    """A randomly initialised Qwen2 of two layers, sharp enough (initializer_range) that its samples
+    differ."""
+    return make_base.tiny_model(len(tokenizer), 64, 2).eval()

@@ -1,27 +1,41 @@
-"""The probe, by hand: literal slots, and probabilities from a plain forward pass."""
+"""The probe, by hand: literal slots, and probabilities from a plain forward pass. The autopsy, the pictures,
+the study."""
 import copy
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-import study
-import supervision
-import train
 from conftest import RUN
 
-from analyze_tokens import (Alarm, Swapped, collapse, knows, main, mean, probe, read_rows, repaired, risers, timeline,
-                            token_classes, truth_logprobs, two_rules)
-from rollout import HFEngine, Limits, begin, play, rollout
-from tools import STATES, Env, demonstration, make_tasks
+import autopsy
+import make_base
+import plot
+import study
+import study_pictures
+import study_tables
+import train
+from analyze_tokens import (Alarm, collapse, main, mean, probe, read_records, timeline, token_classes,
+                            truth_logprobs)
+from autopsy import Swapped, knows, repaired, risers, two_rules
+from rollout import STATES, HFEngine, Limits, begin, demonstrate, rollout
+from tools import make_tasks
+
+LIMITS = Limits(16, 48, 1024, 256)
+
+
+def truths(chat, tasks, syntax="A"):
+    return [demonstrate(chat, task, syntax, LIMITS) for task in tasks]
+
+
+# --- the probe ---------------------------------------------------------------------------------------------
 
 
 def test_probe_slots_and_values(model, chat):
-    rows = [play(chat, Env(t), demonstration(t), Limits(16, 64, 1024, 256)) for t in make_tasks("test", "miss_param", 3)]
-    out = probe(model, chat, rows, max_tokens=600, chunk=7, start=truth_logprobs(model, rows, 600))
-    ids = {c: chat.tokenizer.convert_tokens_to_ids(t) for c, t in
-           {"open": "<tool_call>", "close": "</tool_call>", "end": "<|im_end|>", "start": "<|im_start|>"}.items()}
+    rows = truths(chat, make_tasks("test", "miss_param", 3))
+    out = probe(model, chat, rows, micro_tokens=600, chunk=7, start=truth_logprobs(model, rows, 600))
+    tokens = {"open": "<tool_call>", "close": "</tool_call>", "end": "<|im_end|>", "start": "<|im_start|>"}
+    ids = {c: chat.tokenizer.convert_tokens_to_ids(token) for c, token in tokens.items()}
     expected, exact, likelihood = {}, [], []
     for r in rows:
         with torch.no_grad():
@@ -30,7 +44,7 @@ def test_probe_slots_and_values(model, chat):
             if s.who != "model":
                 continue
             words = [chat.text([i]) for i in r.ids[s.start:s.end]]
-            # the spelling of each kind of message, by hand: <tool_call> \n {" ... "}} \n </tool_call> <|im_end|>
+            # each kind of message is spelled by hand: <tool_call> \n {" ... "}} \n </tool_call> <|im_end|>
             assert words[-1] == "<|im_end|>"
             if is_call := words[0] == "<tool_call>":
                 assert words[-2] == "</tool_call>"
@@ -45,19 +59,21 @@ def test_probe_slots_and_values(model, chat):
                 likelihood.append(logp[t - 1, r.ids[t]].item())
             if is_call:
                 exact.append(all(logp[t - 1].argmax() == r.ids[t] for t in range(s.start + 1, s.end)))
-    mean = lambda values: sum(values) / len(values)
     for name in expected:
         assert out[name] == pytest.approx(mean(expected[name]), rel=1e-4), name
-    for slot in ("call", "text", "open", "in_call", "in_text", "close", "last"):     # the six classes cover the vocabulary
-        assert sum(out[f"p/{c}|{slot}"] for c in ("open", "close", "end", "start", "json", "content")) == pytest.approx(1, abs=1e-5)
-    assert out["p/moved"] == pytest.approx(0, abs=1e-6)                                 # the model has not moved
+    classes = ("open", "close", "end", "start", "json", "content")               # they cover the vocabulary
+    for slot in ("call", "text", "open", "in_call", "in_text", "close", "last"):
+        assert sum(out[f"p/{c}|{slot}"] for c in classes) == pytest.approx(1, abs=1e-5)
+    assert out["p/moved"] == pytest.approx(0, abs=1e-6)              # the model has not moved
     assert out["p/short_circuit"] == pytest.approx(out["p/open|text"] * out["p/end|open"])
-    assert out["p/calls_exact"] == mean(exact) and out["p/log_likelihood"] == pytest.approx(mean(likelihood), rel=1e-4)
+    assert out["p/calls_exact"] == mean(exact)
+    assert out["p/log_likelihood"] == pytest.approx(mean(likelihood), rel=1e-4)
 
 
 def test_json_class_is_punctuation_only(chat):
     spelled = {chat.text([i]) for i in token_classes(chat)["json"]}
-    assert {'{"', '":', '",'} <= {s.strip() for s in spelled} and not any(c.isalnum() for s in spelled for c in s)
+    assert {'{"', '":', '",'} <= {s.strip() for s in spelled}
+    assert not any(c.isalnum() for c in "".join(spelled))
 
 
 def test_alarm_rings_and_falls_silent_with_hysteresis():
@@ -68,8 +84,8 @@ def test_alarm_rings_and_falls_silent_with_hysteresis():
 
 
 def test_probe_knows_a_perfect_and_a_collapsed_model(model, chat):
-    """A model whose output layer is rigged to say <tool_call> everywhere: p/open|text is 1, no call is exact."""
-    rows = [play(chat, Env(t), demonstration(t), Limits(16, 64, 1024, 256)) for t in make_tasks("test", "base", 2)]
+    """A model whose output layer is rigged to say <tool_call> everywhere: no call is exact."""
+    rows = truths(chat, make_tasks("test", "base", 2))
     open_id = chat.tokenizer.convert_tokens_to_ids("<tool_call>")
 
     class Rigged(torch.nn.Module):
@@ -84,15 +100,37 @@ def test_probe_knows_a_perfect_and_a_collapsed_model(model, chat):
     assert out["p/open|text"] == pytest.approx(1) and out["p/end|open"] < 1e-6 and out["p/calls_exact"] == 0
 
 
-# --- the autopsy -------------------------------------------------------------------------------------------------------
-LIMITS = Limits(16, 48, 1024, 256)
+def test_probe_of_any_checkpoint(folder, capsys):
+    assert main(["--probe", "runs/first", "runs/tiny-base", "runs/first/checkpoints/step-2"]) == 0
+    run, base, checkpoint = capsys.readouterr().out.split("== ")[1:]
+    assert run.splitlines()[1:] == checkpoint.splitlines()[1:]
+    assert len(base.splitlines()) == len(checkpoint.splitlines())
+    assert "in_call" in run and "short_circuit" in run
+
+
+def test_probe_in_the_other_syntax(model, chat):
+    """Syntax B has no tags: <tool_call> is wrong everywhere, and no slots are behind it or for its end."""
+    rows = truths(chat, make_tasks("test", "base", 2), "B")
+    out = probe(model, chat, rows)
+    assert not {"p/open|open", "p/end|open", "p/close|close"} & out.keys() and out["p/short_circuit"] == 0
+    p = []
+    for r in rows:
+        with torch.no_grad():
+            of_tag = torch.softmax(model(torch.tensor([r.ids])).logits[0], -1)[:, 3].tolist()
+        for s in r.spans:
+            p += of_tag[s.start - 1:s.end - 1] if s.who == "model" else []
+    assert chat.text([3]) == "<tool_call>" and out["p/open|off"] == pytest.approx(mean(p), rel=1e-3)
+
+
+# --- the autopsy -------------------------------------------------------------------------------------------
 
 
 def said(model, chat, tasks, rule=None, temperature=1.0):
     """All ids that the model says over these tasks"""
-    engine, envs = HFEngine(model, chat.stop_ids), [Env(t) for t in tasks]
+    engine, envs = HFEngine(model, chat.stop_ids), [task.env() for task in tasks]
     engine.rule = rule
-    done = rollout(engine, chat, envs, LIMITS, [begin(chat, e, g) for g, e in enumerate(envs)], (1,), temperature)
+    begun = [begin(chat, env, g) for g, env in enumerate(envs)]
+    done = rollout(engine, chat, envs, LIMITS, begun, (1,), temperature)
     return [e.ids[s.start:s.end] for e in done for s in e.spans if s.who == "model"]
 
 
@@ -104,19 +142,23 @@ def test_two_rules_hold(model, chat):
         logits[:, open_id] += 8
         logits[:, chat.end_id] += 8
         return logits
+
+    def breaks(ids):
+        ends_at_once = (open_id, chat.end_id) in zip(ids, ids[1:])
+        return ends_at_once or (open_id in ids[1:] and ids[0] != open_id)
     rule = two_rules(chat)
-    breaks = lambda ids: open_id in ids[1:] and ids[0] != open_id or any(
-        a == open_id and b == chat.end_id for a, b in zip(ids, ids[1:]))
     assert any(map(breaks, said(model, chat, tasks, loud)))
     assert not any(map(breaks, said(model, chat, tasks, lambda logits, s: rule(loud(logits, s), s))))
 
 
 def test_swapped_models(model, chat, tokenizer):
-    """Swapping nothing, or a model with itself, changes nothing; swapping everything is the donor. In between: the formula."""
-    donor = supervision.tiny_model(len(tokenizer), train.parse_args(["--tiny_hidden", "64", "--tiny_layers", "2", "--base_seed", "5"])).eval()
+    """Swapping nothing, or a model with itself, changes nothing; swapping everything is the donor. In
+    between: the formula."""
+    donor = make_base.tiny_model(len(tokenizer), 64, 2, seed=5).eval()
     tasks, control = make_tasks("test", "miss_func", 4), [2, 3, 4]
     alone = said(model, chat, tasks)
-    assert said(Swapped(model, donor, []), chat, tasks) == alone == said(Swapped(model, model, control), chat, tasks)
+    assert said(Swapped(model, donor, []), chat, tasks) == alone
+    assert said(Swapped(model, model, control), chat, tasks) == alone
     everything = list(range(len(tokenizer)))
     assert said(Swapped(model, donor, everything), chat, tasks) == said(donor, chat, tasks) != alone
     h, g = torch.randn(5, 64), torch.randn(5, 64)
@@ -124,14 +166,15 @@ def test_swapped_models(model, chat, tokenizer):
     mixed = Swapped(model, donor, control).get_output_embeddings()(torch.cat([h, g], -1)).exp()
     expected = p * ((1 - q[:, control].sum(-1)) / (1 - p[:, control].sum(-1)))[:, None]
     expected[:, control] = q[:, control]
-    assert torch.allclose(mixed, expected) and torch.allclose(mixed.sum(-1), torch.ones(5, dtype=torch.float64))
+    assert torch.allclose(mixed, expected)
+    assert torch.allclose(mixed.sum(-1), torch.ones(5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("syntax, first", [("A", "<tool_call>"), ("B", "[create")])
 def test_knows_by_hand(model, chat, syntax, first):
-    """A rigged model: right everywhere in a call except at ONE token; the three depths tell where it stands."""
+    """A rigged model: right everywhere in a call except at ONE token; the three points tell where it is."""
     task = next(t for t in make_tasks("test", "base", 50) if t.turns[0].calls[0][0] == "create_file")
-    row = play(chat, Env(task, syntax), demonstration(task, syntax), LIMITS)
+    row = demonstrate(chat, task, syntax, LIMITS)
     calls = [s for s in row.spans if s.state == "call"]
     words = [chat.text([i]) for i in row.ids[calls[0].start:calls[0].end]]
     assert words[0] == first
@@ -145,140 +188,181 @@ def test_knows_by_hand(model, chat, syntax, first):
                 logits = torch.nn.functional.one_hot(ids[0].roll(-1), len(chat.tokenizer)).float()[None]
                 logits[0, [calls[0].start + w - 1 for w in wrong]] *= -1
                 return SimpleNamespace(logits=logits)
-        return knows(Rigged(), chat, [task], syntax, LIMITS)
+        return knows(Rigged(), chat, [row], syntax)
     rest = (len(calls) - 1) / len(calls)
-    assert score([]) == [1, 1, 1] and score([len(words) - 1]) == [1, 1, 1]      # the end token is not part of the call
+    assert score([]) == [1, 1, 1]
+    assert score([len(words) - 1]) == [1, 1, 1]  # the end token is not part of the call
     assert score([value]) == [rest] * 3 and score([name]) == [rest, rest, 1]
-    assert score([0]) == ([1, 1, 1] if syntax == "A" else [rest, rest, 1])      # A: the tag is given; B: "[create" is not
+    assert score([0]) == ([1, 1, 1] if syntax == "A" else [rest, rest, 1])       # A: the tag is given
 
 
 def test_risers_names_the_risen_token(model, chat):
-    rows = [play(chat, Env(t), demonstration(t), LIMITS) for t in make_tasks("test", "base", 2)]
+    rows = truths(chat, make_tasks("test", "base", 2))
     risen = copy.deepcopy(model)
     with torch.no_grad():                        # an output row that agrees with the mean hidden state
         hidden = model.get_decoder()(input_ids=torch.tensor([rows[0].ids])).last_hidden_state[0].mean(0)
         risen.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
         risen.lm_head.weight[3] += hidden
-    (token, before, after), *_ = risers(risen, model, chat, rows)
-    assert token == "<tool_call>" and after > before
-    assert risers(model, model, chat, rows)[0][1] == risers(model, model, chat, rows)[0][2]
+    most = risers(risen, model, chat, rows)[0]
+    assert most.token == "<tool_call>" and most.after > most.before
+    same = risers(model, model, chat, rows)[0]
+    assert same.before == same.after
 
 
 def test_repair_teaches_and_leaves_the_patient_alone(model, chat):
     before = copy.deepcopy(model.state_dict())
-    tasks = make_tasks("train", "base", 4)
-    rows = [play(chat, Env(t), demonstration(t), LIMITS) for t in tasks]
+    rows = truths(chat, make_tasks("train", "base", 4))
+    masks = [list(row.mask) for row in rows]
     likelihood = lambda m: mean(truth_logprobs(m, rows))
-    assert repaired(model, chat, tasks, "A", LIMITS, 6, 1e-3, likelihood) > likelihood(model) + 0.5
+    assert likelihood(repaired(model, rows, 6, 1e-3)) > likelihood(model) + 0.5
+    tags = repaired(model, rows, 6, 1e-3, only={3})
+    assert probe(tags, chat, rows)["p/open|text"] > 5 * probe(model, chat, rows)["p/open|text"]
+    assert sum(autopsy.with_mask(rows[0], {3}).mask) == rows[0].states.count("call")
+    assert [row.mask for row in rows] == masks
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_probe_of_any_checkpoint(folder, capsys):
-    base = str(next(p for p in (folder / "runs").glob("tiny-base-*")))
-    assert main(["--probe", "runs/first", base, "runs/first/checkpoints/step-2"]) == 0
-    run, model, checkpoint = capsys.readouterr().out.split("== ")[1:]
-    assert run.splitlines()[1:] == checkpoint.splitlines()[1:] and len(model.splitlines()) == len(checkpoint.splitlines())
-    assert "in_call" in run and "short_circuit" in run
 
 
 def test_autopsy_command(folder, capsys):
     """The command line on the run that the fixture trained: every line of the report, as a file too."""
-    base = next(p for p in (folder / "runs").glob("tiny-base-*"))
-    assert main(["--autopsy", str(base), "--autopsy_tasks", "2", "--json", "report.json", "runs/first", "runs/none-here"]) == 2
+    assert autopsy.main(["--base", "runs/tiny-base", "--tasks", "2", "--json", "report.json",
+                         "runs/none-here", "runs/first"]) == 2
     printed = capsys.readouterr()
-    report = json.loads((folder / "report.json").read_text())["runs/first"]
-    assert "runs/none-here" in printed.err and len(report) > 30
+    reports = json.loads((folder / "report.json").read_text())
+    report = reports.pop("runs/first")
+    assert "runs/none-here" in printed.err and not reports and len(report) > 30
     assert len(report.pop("risers")) == 5
-    assert all(name in printed.out for name in report) and all(isinstance(v, float) for v in report.values())
+    assert all(name in printed.out for name in report)
+    assert all(isinstance(value, float) for value in report.values())
+    kept = json.loads((study.DATA / "autopsy.json").read_text())     # of the study's checkpoints
+    assert all(list(of_run) == [*report, "risers"] for of_run in kept.values())  # the same lines
 
 
-# --- pictures, pages, rows ---------------------------------------------------------------------------------------------
+# --- pictures, pages, records ------------------------------------------------------------------------------
+
+
+def is_drawn(path):
+    return path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
+
+
 def test_pictures_and_pages_of_a_run(folder, capsys):
     """Two runs side by side, one of them broken: it is reported, the other one is drawn."""
     (folder / "runs/damaged").mkdir(exist_ok=True)
     (folder / "runs/damaged/metrics.jsonl").write_text('{"step": 0, "rew\n{"step": 1}\n')
-    assert main(["--plot", "side.png", "--heat", "heat.png", "runs/first", "runs/damaged"]) == 2
+    assert plot.main(["side.png", "runs/first", "runs/damaged"]) == 2 and is_drawn(folder / "side.png")
     assert "line 1 of runs/damaged/metrics.jsonl is damaged" in capsys.readouterr().err
-    for png in ("side.png", "heat.png"):
-        assert (folder / png).read_bytes()[:4] == b"\x89PNG" and (folder / png).stat().st_size > 10_000
+    study_pictures.heat(read_records("runs/first"), "first", folder / "heat.png")
+    assert is_drawn(folder / "heat.png")
     assert main(["--transcripts", "runs/first"]) == 0
     page = capsys.readouterr().out
     assert "## step 0: " in page and "## step 1: " in page and "<|im_start|>" in page
 
 
-def test_a_run_without_probes_is_drawn_too(folder, capsys):
+def test_a_run_without_probes_is_drawn_too(folder):
     assert train.cli([*RUN, "--steps", "1", "--probe_every", "-1", "--out", "runs/unprobed"]) == 0
-    assert main(["--heat", "no.png", "runs/unprobed"]) == 2 and "has no probes" in capsys.readouterr().err
-    assert main(["--plot", "unprobed.png", "runs/unprobed"]) == 0 and (folder / "unprobed.png").exists()
+    assert not any("p/open|text" in r for r in read_records("runs/unprobed"))
+    assert plot.main(["unprobed.png", "runs/unprobed"]) == 0 and is_drawn(folder / "unprobed.png")
 
 
-def test_csv_rows_are_the_rows(folder, tmp_path):
-    """pack: merged by step, rounded to four digits, nothing else lost; and the readers cannot tell the difference."""
+def test_a_run_of_sft_only_says_what_it_lacks(folder, capsys):
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_batch", "4",
+                      "--out", "runs/only"]) == 0
+    assert plot.main(["only.png", "runs/only"]) == 2 and "has no RL steps" in capsys.readouterr().err
+    assert main(["--transcripts", "runs/only"]) == 2 and "is empty" in capsys.readouterr().err
+    assert main(["runs/only"]) == 0
+
+
+# --- the study ---------------------------------------------------------------------------------------------
+
+
+def test_the_studys_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_pictures, "DATA", tmp_path)
+    study_pictures.pictures()
+    assert {p.name for p in tmp_path.iterdir()} == {"aligned.png", "crossing.png", "alarm.png", "heat.png"}
+    assert all(is_drawn(path) for path in tmp_path.iterdir())
+
+
+def test_csv_records_are_the_records(folder, tmp_path):
+    """pack: merged by step, rounded to four digits, nothing else lost; and the readers cannot tell the
+    difference."""
     study.pack("runs/first", tmp_path / "first-seed0.csv")
-    packed, plain = read_rows(tmp_path / "first-seed0.csv"), read_rows("runs/first")
+    packed, plain = read_records(tmp_path / "first-seed0.csv"), read_records("runs/first")
     assert [r["step"] for r in packed] == [0, 1, 2]
-    for row in plain:
-        merged = packed[row["step"]]
-        for name, value in row.items():
+    for record in plain:
+        merged = packed[record["step"]]
+        for name, value in record.items():
             if name.startswith(study.KEEP):
-                assert merged[name] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), name
-    assert timeline(packed).splitlines()[0] == timeline(plain).splitlines()[0] and len(timeline(packed).splitlines()) == 3
+                close = pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+                assert merged[name] == close, name
+    assert timeline(packed).splitlines()[0] == timeline(plain).splitlines()[0]
+    assert len(timeline(packed).splitlines()) == 3
 
 
 def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
     """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
-    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "DATA", tmp_path)
     monkeypatch.setattr(study, "COMMON", " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1"]))
     monkeypatch.setattr(study, "FINAL", " ".join([*RUN, study.FINAL]))
-    (tmp_path / "study").mkdir()
+    assert study.evaluate_base() == 0 and "average_clean" in json.loads((tmp_path / "base.json").read_text())
     assert study.run_one("strict", 0) is None
-    rows = read_rows(tmp_path / "study/strict-seed0.csv")
-    assert len(rows) == 3 and 0 <= rows[-1]["final/format_ood_clean"] <= 1
-    assert json.loads((folder / "runs/study/strict-seed0/config.json").read_text())["closing"] == "strict"
-    before = (folder / "runs/study/strict-seed0.log").read_bytes()
-    assert study.run_one("strict", 0) is None and (folder / "runs/study/strict-seed0.log").read_bytes() == before
-    (tmp_path / "study/strict-seed0.csv").unlink()                   # as if killed after its first step
-    (folder / "runs/study/strict-seed0/checkpoints/latest").write_text("step-1")
-    text = (folder / "runs/study/strict-seed0/metrics.jsonl").read_text().splitlines()
-    (folder / "runs/study/strict-seed0/metrics.jsonl").write_text("\n".join(text[:4]) + "\n")
-    assert not study.finished("runs/study/strict-seed0") and study.run_one("strict", 0) is None
-    assert read_rows(tmp_path / "study/strict-seed0.csv") == rows
-    monkeypatch.setitem(study.RECIPES, "wrong", ("--lr nan", 1))
+    records = read_records(tmp_path / "strict-seed0.csv")
+    assert len(records) == 3 and 0 <= records[-1]["final/format_ood_clean"] <= 1
+    run = folder / "runs/study/strict-seed0"
+    assert json.loads((run / "config.json").read_text())["closing"] == "strict"
+    log = run.with_name("strict-seed0.log")
+    before = log.read_bytes()
+    assert study.run_one("strict", 0) is None and log.read_bytes() == before
+    (tmp_path / "strict-seed0.csv").unlink()     # as if killed after its first step
+    (run / "checkpoints/latest").write_text("step-1")
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(text[:4]) + "\n")
+    assert not study.finished(run) and study.run_one("strict", 0) is None
+    assert read_records(tmp_path / "strict-seed0.csv") == records
+    monkeypatch.setitem(study.RECIPES, "wrong", study.Recipe("--lr nan", 1))
     assert "wrong-seed0 failed with status 2" in study.run_one("wrong", 0)
 
 
 def made(rewards, **columns):
-    return [{"step": i, "reward": r, "reward_clean": r, "p/open|text": .01, **{f"state/{s}": 0.5 for s in STATES},
-             **{k: v[i] for k, v in columns.items()}} for i, r in enumerate(rewards)]
+    records = []
+    for i, reward in enumerate(rewards):
+        record = {"step": i, "reward": reward, "reward_clean": reward, "p/open|text": .01}
+        record |= {f"state/{s}": 0.5 for s in STATES}
+        records.append(record | {name: values[i] for name, values in columns.items()})
+    return records
 
 
-def test_alarm_and_fall_on_made_up_rows():
-    rows = made([.4] * 20 + [.0] * 20, **{"p/moved": [.1] * 10 + [.5] * 30})
-    assert collapse(rows)["step"] == 24 and collapse(rows, share=0.5)["step"] == 22 and collapse(made([.4] * 40)) is None
-    assert study.rings(rows, "p/moved", 3) == 10 and study.rings(rows, "p/moved", 6) is None
-    assert study.fall(rows) == 22 and study.fall(rows[:30]) is None                  # too near its end to say "for good"
-    assert study.heard([rows, made([.4] * 40, **{"p/moved": [.1] * 10 + [.5] * 30})], "p/moved", 3) == ([12], 1)
-    assert study.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
-    assert study.permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20) and study.permutation([1, 2], [1, 2]) == 1
-    assert study.points([.2, .2, .2], [.1, .1, .1]) == "+10 (+10 to +10)"
-    assert study.supervised("ops", rows) == 40 * 12 and study.supervised("ets", [*rows, {"sft_visits": 7}]) == 7
-    assert study.falls([rows, made([.4] * 40)], "reward") == "1 of 2 (24)"
-    assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)" and study.late(rows, "reward", n=30) == pytest.approx(.4 / 3)
+def test_alarm_and_fall_on_made_up_records():
+    moved = [.1] * 10 + [.5] * 30
+    records = made([.4] * 20 + [.0] * 20, **{"p/moved": moved})
+    assert collapse(records)["step"] == 24 and collapse(records, share=0.5)["step"] == 22
+    assert collapse(made([.4] * 40)) is None
+    assert study_tables.rings(records, "p/moved", 3) == 10
+    assert study_tables.rings(records, "p/moved", 6) is None
+    assert study_tables.fall(records) == 22
+    assert study_tables.fall(records[:30]) is None                   # too near its end to say "for good"
+    quiet = made([.4] * 40, **{"p/moved": moved})
+    assert study_tables.heard([records, quiet], "p/moved", 3) == ([12], 1)
+    assert study_tables.falls([records, quiet]) == "1 of 2 (24)"
+    assert study_tables.late(records, "reward", n=30) == pytest.approx(.4 / 3)
+    assert study_tables.late(records, "reward", "state/call", n=30) == pytest.approx(.5 + .4 / 3)
+    assert study_tables.supervised("ops", records) == 40 * 12
+    assert study_tables.supervised("ets", [*records, {"sft_visits": 7}]) == 7
 
 
-def test_a_run_of_sft_only_says_what_it_lacks(folder, capsys):
-    assert train.cli([*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_batch", "4", "--out", "runs/only"]) == 0
-    assert main(["--plot", "only.png", "runs/only"]) == 2 and "has no RL steps" in capsys.readouterr().err
-    assert main(["--transcripts", "runs/only"]) == 2 and "is empty" in capsys.readouterr().err
-    assert main(["--heat", "only.png", "runs/only"]) == 0 and main(["runs/only"]) == 0
+def test_a_metric_of_every_step_rings_with_its_mean_since_the_last_probe():
+    records = made([.4] * 20, entropy=[.1] * 8 + [.5] * 12)
+    for record in records:
+        if record["step"] % 5:
+            del record["p/open|text"]
+    # at the probes 5, 10, 15: the means of steps 0-4, 5-9, 10-14
+    assert study_tables.rings(records, "entropy", 2.5) == 10         # (3 x .1 + 2 x .5) / 5 = .26
+    assert study_tables.rings(records, "entropy", 3) == 15
+    assert study_tables.rings(records, "entropy", 6) is None
 
 
-def test_probe_in_the_other_syntax(model, chat):
-    """Syntax B has no tags: <tool_call> is wrong everywhere, and there are no slots behind it or for its end."""
-    rows = [play(chat, Env(t, "B"), demonstration(t, "B"), LIMITS) for t in make_tasks("test", "base", 2)]
-    out = probe(model, chat, rows)
-    assert not {"p/open|open", "p/end|open", "p/close|close"} & out.keys() and out["p/short_circuit"] == 0
-    places = [(r, t) for r in rows for s in r.spans if s.who == "model" for t in range(s.start, s.end)]
-    with torch.no_grad():
-        p = [torch.softmax(model(torch.tensor([r.ids])).logits[0, t - 1], -1)[3].item() for r, t in places]
-    assert chat.text([3]) == "<tool_call>" and out["p/open|off"] == pytest.approx(mean(p), rel=1e-3)
+def test_statistics_by_hand():
+    assert study_tables.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
+    assert study_tables.permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
+    assert study_tables.permutation([1, 2], [1, 2]) == 1
+    assert study_tables.points([.2, .2, .2], [.1, .1, .1]) == "+10 (+10 to +10)"
+    assert study_tables.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)"
+    assert study_tables.spread([None]) == "–"

@@ -1,7 +1,7 @@
 """The real-data world: BFCL's tasks and simulators, ACEBench's entries, ToolACE's dialogues.
 
-The BFCL tests need its package (pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0); the test on ACEBench's own data
-needs its folder in the environment variable ACEBENCH_DIR. Without them they are skipped."""
+The BFCL tests need its package (pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0); the test on
+ACEBench's own data needs its folder in the environment variable ACEBENCH_DIR. Else they are skipped."""
 import copy
 import decimal
 import hashlib
@@ -9,32 +9,48 @@ import importlib.util
 import json
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
+import acebench
+import make_base
 import pytest
+import toolace
+from acebench import ace_equal, acebench_tasks
+from conftest import ROOT
 
 import supervision
 import tools
 import train
-from rollout import Chat, Limits, play
-from supervision import cause, demonstrate, hint, reflect_error, reflect_whole, reflection_prompts
-from tools import (CATEGORIES, Env, UserError, ace_equal, acebench_tasks, bfcl_split, bfcl_tasks, coerce, demonstration,
-                   make_env, parse, read_toolace, verdicts, write_calls)
+from rollout import Chat, Limits, Message, demonstrate, parse, play, truth_script, write_calls
+from supervision import HBG, cause, reflect_error, reflect_whole, reflection_prompts
+from tools import (CATEGORIES, TRAIN_CATEGORIES, BfclWorld, Env, UserError, bfcl_stories, coerce,
+                   read_json_lines)
 
-needs_bfcl = pytest.mark.skipif(not (importlib.util.find_spec("bfcl_eval") and importlib.util.find_spec("mpmath")),
-                                reason=f"pip install --no-deps {tools.BFCL_PACKAGES}")
+INSTALLED = importlib.util.find_spec("bfcl_eval") and importlib.util.find_spec("mpmath")
+needs_bfcl = pytest.mark.skipif(not INSTALLED, reason=f"pip install --no-deps {tools.BFCL_PACKAGES}")
 TAG = "<tool_call>\n{}\n</tool_call>"
 
 
 def story(category, index):
-    return tools._bfcl_category(category)[index]
+    return bfcl_stories(category)[index]
+
+
+def world(validation=20):
+    return BfclWorld(SimpleNamespace(validation=validation))
 
 
 def said(script, syntax="A"):
     """[["<tool_call>...", "Done."], ...] -> [Message, ...]"""
     return [parse(text, syntax) for turn in script for text in turn]
+
+
+def verdicts(task, script, syntax="A"):
+    """-> {"": 1.0, "_strict": 0.0}. The reward of the run is no part of them."""
+    return task.verdicts(syntax, said(script, syntax), reward=None)
 
 
 def one(name, **args):
@@ -43,7 +59,7 @@ def one(name, **args):
 
 def with_apps(*apps, init=None, padded=False):
     """An Env of one turn that can call every tool of `apps`."""
-    docs = {name: "" for name, (app, _) in tools.bfcl()[2].items() if app in apps}
+    docs = {name: "" for name, app in tools.bfcl().app_of.items() if app in apps}
     return Env(tools.BfclTask("t", "base", docs, list(apps), init or {}, [tools.Turn("?", [], "")], padded))
 
 
@@ -51,125 +67,140 @@ def result(env, name, **args):
     return env.step(one(name, **args)).removeprefix("<tool_response>\n").removesuffix("\n</tool_response>")
 
 
-# ---- ground truth ------------------------------------------------------------------------------------------------------
-
-
+# --- ground truth ------------------------------------------------------------------------------------------
 @needs_bfcl
 def test_ground_truth_passes():
     """Both verdicts on all 800, in both syntaxes; and what the simulators answer, byte by byte."""
     failed, digest = [], hashlib.sha256()
-    data = tools.bfcl()[0] / "possible_answer"
     for category in CATEGORIES:
-        truths = tools.read_json_lines(data / f"BFCL_v4_multi_turn_{category}.json")
-        for index, truth in enumerate(truths):
-            task = story(category, index)
-            both = verdicts(task, "AB"[index % 2], said(demonstration(task, "AB"[index % 2]), "AB"[index % 2]))
+        file = tools.bfcl().data / "possible_answer" / f"BFCL_v4_multi_turn_{category}.json"
+        for index, truth in enumerate(read_json_lines(file)):
+            task, syntax = story(category, index), "AB"[index % 2]
+            both = verdicts(task, truth_script(task, syntax), syntax)
             failed += [(task.id, name) for name, reward in both.items() if reward != 1]
             apps = task.fresh_apps()
             for texts, turn in zip(truth["ground_truth"], task.turns, strict=True):
                 for text, (name, args) in zip(texts, turn.calls, strict=True):
-                    answer = tools.run_tool(getattr(apps[tools.bfcl()[2][name][0]], name), copy.deepcopy(args))
+                    method = getattr(apps[tools.bfcl().app_of[name]], name)
+                    answer = tools.run_tool(method, copy.deepcopy(args))
                     digest.update(f"{task.id}|{text}|{answer}\n".encode())
-    assert failed == [("multi_turn_miss_func_49", "_strict")]    # it needs its withheld tool before the reveal
+    assert failed == [("multi_turn_miss_func_49", "_strict")]        # needs its tool before the reveal
     assert digest.hexdigest() == "af4e196a8ef4951c6f174bcc724ecf12eb54e9692c92e3d2caf5a49431ad091f"
 
 
 def spoil(task):
     """-> {what: script}: ways to be wrong, and ways to be right that look odd"""
-    right = demonstration(task)
+    right = truth_script(task)
     full = [t for t, turn in enumerate(task.turns) if turn.calls]
     last, empty = full[-1], [t for t, turn in enumerate(task.turns) if not turn.calls]
 
     def changed(t, messages):
         return [messages if i == t else turn for i, turn in enumerate(right)]
     junk = TAG.format('{"name": "junk", "arguments": {}}')
-    ways = {"right": right, "nothing": [["Done."] for _ in right],
+    nothing = [["Done."] for _ in right]
+    ways = {"right": right, "nothing": nothing,
             "last call dropped": changed(last, right[last][:-2] + ["Done."]),
             "last call is junk": changed(last, right[last][:-2] + [junk, "Done."]),
-            "doubled": [[m for text in turn[:-1] for m in (text, text)] + turn[-1:] for turn in right],
+            "doubled": [sum(([text, text] for text in turn[:-1]), []) + turn[-1:] for turn in right],
             "reversed": [turn[:-1][::-1] + turn[-1:] for turn in right],
-            "all at once": [sum((turn[:-1] for turn in right), []) + ["Done."], *[["Done."] for _ in right[1:]]],
+            "all at once": [sum((turn[:-1] for turn in right), []) + ["Done."], *nothing[1:]],
             "with junk": [turn[:-1] + [junk] + turn[-1:] if turn[:-1] else turn for turn in right]}
     if empty:
         ways["call where none is right"] = changed(empty[0], right[full[0]][:1] + ["Done."])
     return ways
 
 
+def as_python(text):
+    """A message -> its calls as BFCL's own executor reads them: ["ls(a=True)"]"""
+    written = []
+    for name, args in parse(text).calls:
+        written.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in args.items())})")
+    return written
+
+
 @needs_bfcl
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_verdict_is_the_official_one(category):
-    """The package's own checker on the same conversations; its objects live on, so every model name is used once."""
+    """The package's own checker on the same conversations; its objects live on, so every model name is used
+    once."""
     from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
-    entries = tools.read_json_lines(tools.bfcl()[0] / f"BFCL_v4_multi_turn_{category}.json")
-    truths = tools.read_json_lines(tools.bfcl()[0] / "possible_answer" / f"BFCL_v4_multi_turn_{category}.json")
+    file = f"BFCL_v4_multi_turn_{category}.json"
+    entries = read_json_lines(tools.bfcl().data / file)
+    truths = read_json_lines(tools.bfcl().data / "possible_answer" / file)
     seen = set()
     for index in range(category == "long_context", 200, 9):
         task = story(category, index)
         for i, (way, script) in enumerate(spoil(task).items()):
-            decoded = [[[f"{name}({', '.join(f'{k}={v!r}' for k, v in args.items())})" for name, args in parse(text).calls]
-                        for text in turn[:-1]] for turn in script]
-            name = f"test_{category}_{i}"
-            official = multi_turn_checker(decoded, truths[index]["ground_truth"], entries[index], category, name)
-            assert verdicts(task, "A", said(script))[""] == official["valid"], (task.id, way)
-            seen.add((way, official["valid"]))
-    assert {("right", True), ("nothing", False), ("last call dropped", False), ("doubled", False), ("with junk", True)} <= seen
+            decoded = []
+            for turn in script:
+                decoded.append([as_python(text) for text in turn[:-1]])
+            truth, name = truths[index]["ground_truth"], f"test_{category}_{i}"
+            official = multi_turn_checker(decoded, truth, entries[index], category, name)["valid"]
+            assert verdicts(task, script)[""] == official, (task.id, way)
+            seen.add((way, official))
+    assert seen >= {("right", True), ("nothing", False), ("last call dropped", False), ("doubled", False),
+                    ("with junk", True)}
     assert category not in ("miss_func", "miss_param") or ("call where none is right", True) in seen
 
 
 @needs_bfcl
 def test_strict_verdict():
-    for index in range(0, 60, 7):                    # calls where none is right: forgiven by one verdict only
+    for index in range(0, 60, 7):                # calls where none is right: forgiven by one verdict only
         for category in ("miss_func", "miss_param"):
             task = story(category, index)
-            script = demonstration(task)
+            script = truth_script(task)
             empty = next(t for t, turn in enumerate(task.turns) if not turn.calls)
-            visible = next((m for turn in script for m in turn[:-1] if parse(m).calls[0][0] in task.docs), None)
-            if visible is None:
-                continue
-            script[empty] = [visible, "no"]
-            assert verdicts(task, "A", said(script))["_strict"] == 0
+            calls = [text for turn in script for text in turn[:-1] if parse(text).calls[0][0] in task.docs]
+            if calls:
+                script[empty] = [calls[0], "no"]
+                assert verdicts(task, script)["_strict"] == 0
     task = story("base", 0)
-    script = demonstration(task)
+    script = truth_script(task)
     script[0][-1] = "<tool_call>"
-    assert verdicts(task, "A", said(script)) == {"": 1, "_strict": 0}
+    assert verdicts(task, script) == {"": 1, "_strict": 0}
 
 
 @needs_bfcl
 def test_withheld_tool_is_not_callable_before_its_reveal():
-    for task in tools._bfcl_category("miss_func")[:40]:
+    for task in bfcl_stories("miss_func")[:40]:
         k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
         env = Env(task)
-        for turn in demonstration(task)[:k]:
+        for turn in truth_script(task)[:k]:
             answers = [env.step(parse(text)) for text in turn]
-        assert all(json.loads(line)["function"]["name"] in task.turns[k].reveal for line in answers[-1].splitlines()[:-1])
+        for line in answers[-1].splitlines()[:-1]:
+            assert json.loads(line)["function"]["name"] in task.turns[k].reveal
         for name in task.turns[k].reveal:
-            assert name not in task.system("A") + task.system("B") or f'"name": "{name}"' not in task.system("A")
+            assert f'"name": "{name}"' not in task.system("A") + task.system("B")
             assert "there is no tool" in result(Env(task), name)
             assert "there is no tool" not in result(env, name)
+            assert "there is no tool" not in result(Env(task, hide=False), name)         # as BFCL's executor
 
 
-# ---- format ------------------------------------------------------------------------------------------------------------
-
-
+# --- format ------------------------------------------------------------------------------------------------
 @needs_bfcl
 def test_system_message_is_what_qwen_was_trained_on():
     system = story("base", 0).system("A")
     head, rest = system.split("<tools>\n")
     docs, tail = rest.split("\n</tools>")
-    assert head.startswith("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n\n# Tools\n\nYou may call")
-    assert tail.endswith('<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
-    kinds = set()
+    you_are, about_tools = head.split("\n\n# Tools\n\n")
+    assert you_are == "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    assert about_tools.startswith("You may call one or more functions to assist with the user query.\n\n")
+    assert tail.endswith(TAG.format('{"name": <function-name>, "arguments": <args-json-object>}'))
+    kinds, bfcl = set(), tools.bfcl()
 
     def walk(schema):
         kinds.add(schema["type"])
-        for child in [*schema.get("properties", {}).values(), *([schema["items"]] if "items" in schema else [])]:
+        for child in schema.get("properties", {}).values():
             walk(child)
-    for _, doc in tools.bfcl()[2].values():
+        if "items" in schema:
+            walk(schema["items"])
+    for doc in bfcl.docs.values():
         assert set(doc["function"]) == {"name", "description", "parameters"}
         walk(doc["function"]["parameters"])
-    assert kinds == {"object", "string", "number", "integer", "array", "boolean"} and len(tools.bfcl()[2]) == 128
-    assert [json.loads(line) for line in docs.splitlines()] == [d for a, d in tools.bfcl()[2].values()
-                                                               if a in ("TwitterAPI", "GorillaFileSystem")]
+    assert kinds == {"object", "string", "number", "integer", "array", "boolean"} and len(bfcl.docs) == 128
+    apps = ("TwitterAPI", "GorillaFileSystem")
+    assert [json.loads(line) for line in docs.splitlines()] == [
+        doc for name, doc in bfcl.docs.items() if bfcl.app_of[name] in apps]
 
 
 def test_coerce():
@@ -180,34 +211,46 @@ def test_coerce():
     assert json.dumps(coerce({"a": True, "n": "x", "xs": "y"}, schema)) == '{"a": true, "n": "x", "xs": "y"}'
 
 
+def to_float(value):
+    return float(value) if type(value) is int else value
+
+
+def to_int(value):
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 @needs_bfcl
-def test_numbers_may_be_written_either_way():
+@pytest.mark.parametrize("change", [to_float, to_int])
+def test_numbers_may_be_written_either_way(change):
     for index in range(0, 200, 5):
-        task = story("base", index)
-        for change in (lambda v: float(v) if type(v) is int else v,
-                       lambda v: int(v) if type(v) is float and v.is_integer() else v):
-            script = [[write_calls([(n, {k: change(v) for k, v in args.items()})]) for n, args in turn.calls] + ["Done."]
-                      for turn in task.turns]
-            assert verdicts(task, "A", said(script)) == {"": 1, "_strict": 1}, task.id
+        task, script = story("base", index), []
+        for turn in task.turns:
+            script.append([])
+            for name, args in turn.calls:
+                script[-1].append(write_calls([(name, {k: change(v) for k, v in args.items()})]))
+            script[-1].append("Done.")
+        assert verdicts(task, script) == {"": 1, "_strict": 1}, task.id
 
 
 @needs_bfcl
 def test_splits_are_disjoint_by_story():
-    parts = [bfcl_split(s) for s in ("train", "validation", "test")]
-    assert [len(p) for p in parts] == [80, 20, 100] and sorted(sum(parts, [])) == list(range(200))
+    parts = [world().stories(split) for split in ("train", "validation", "test")]
+    assert [len(part) for part in parts] == [80, 20, 100] and sorted(sum(parts, [])) == list(range(200))
     half = json.dumps(sorted(parts[0] + parts[1])).encode()
     assert hashlib.sha256(half).hexdigest().startswith("efaae354797fa5de")       # the paper's training half
-    assert len(bfcl_split("train", 5)) == 95 and bfcl_split("test", 5) == parts[2]
-    numbers = [{t.id.rsplit("_", 1)[1] for c in CATEGORIES if c != "long_context" or s == "test" for t in bfcl_tasks(s, c)}
-               for s in ("train", "validation", "test")]
+    assert len(world(5).stories("train")) == 95 and world(5).stories("test") == parts[2]
+    numbers = []
+    for split in ("train", "validation", "test"):
+        tasks = [task for c in world().categories(split) for task in world().tasks(split, c)]
+        numbers.append({task.id.rsplit("_", 1)[1] for task in tasks})
     assert not numbers[0] & numbers[1] and not (numbers[0] | numbers[1]) & numbers[2]
+    assert world().categories("test") == CATEGORIES and world().categories("train") == TRAIN_CATEGORIES
+    assert [len(world().mixed(split, 1000)) for split in ("train", "validation")] == [240, 60]
     with pytest.raises(AssertionError):
-        bfcl_tasks("train", "long_context")
+        world().tasks("train", "long_context")
 
 
-# ---- hostile calls -----------------------------------------------------------------------------------------------------
-
-
+# --- hostile calls -----------------------------------------------------------------------------------------
 @needs_bfcl
 def test_hostile_calls_are_observations(tmp_path):
     """No name or argument of a model reaches anything but a documented tool of this task."""
@@ -218,14 +261,15 @@ def test_hostile_calls_are_observations(tmp_path):
     deep = []
     for _ in range(300):
         deep = [deep]
-    for name, args in [(payload, {}), ("__init__", {}), ("_load_scenario", {"scenario": {}}), ("root", {}), ("globals", {}),
-                       ("os.system", {"command": payload}), ("ls", {payload: 1}), ("ls", {"self": 1}), ("ls", {"a": 1, "b": 2}),
-                       ("cat", {}), ("cat", {"file_name": []}), ("cat", {"file_name": {"a": 1}}), ("mkdir", {"dir_name": deep}),
-                       ("tail", {"file_name": "x", "lines": 1e999}), ("mean", {"numbers": [1]}), ("", {}), ("no\0name", {}),
-                       ("cat", {"file_name": payload}), ("grep", {"file_name": None, "pattern": payload})]:
+    for name, args in [(payload, {}), ("__init__", {}), ("_load_scenario", {"scenario": {}}), ("root", {}),
+                       ("globals", {}), ("os.system", {"command": payload}), ("ls", {payload: 1}),
+                       ("ls", {"self": 1}), ("ls", {"a": 1, "b": 2}), ("cat", {}), ("cat", {"file_name": []}),
+                       ("cat", {"file_name": {"a": 1}}), ("mkdir", {"dir_name": deep}),
+                       ("tail", {"file_name": "x", "lines": 1e999}), ("mean", {"numbers": [1]}), ("", {}),
+                       ("no\0name", {}), ("cat", {"file_name": payload}),
+                       ("grep", {"file_name": None, "pattern": payload})]:
         for syntax in "AB":
-            text = write_calls([(name, args)], syntax)
-            message = parse(text, syntax)
+            message = parse(write_calls([(name, args)], syntax), syntax)
             if message.calls:
                 answer = env.step(message)
                 assert "rror" in answer, (name, args, answer)
@@ -243,16 +287,18 @@ def test_a_call_that_would_hang_is_stopped():
         """d1 holds d0 twice, d2 holds d1 twice, ...: 2 ** levels paths in a few hundred bytes"""
         env.step(one("mkdir", dir_name="d0"))
         for i in range(levels):
-            for name, args in [("mkdir", {"dir_name": f"d{i + 1}"}), ("cp", {"source": f"d{i}", "destination": "x"}),
-                               ("mv", {"source": "x", "destination": f"d{i + 1}"}),
-                               ("cp", {"source": f"d{i}", "destination": f"d{i + 1}"})]:
+            old, new = f"d{i}", f"d{i + 1}"
+            for name, args in [("mkdir", {"dir_name": new}), ("cp", {"source": old, "destination": "x"}),
+                               ("mv", {"source": "x", "destination": new}),
+                               ("cp", {"source": old, "destination": new})]:
                 assert '"error"' not in result(env, name, **args)
 
     def all_of_them(times, answers):
         env = with_apps("GorillaFileSystem", "MathAPI")
         double(env, 40)
         for name, args in [("find", {}), ("du", {}), ("square_root", {"number": 2, "precision": 200_000_000}),
-                           ("power", {"base": 7, "exponent": 50_000_000}), ("power", {"base": "7", "exponent": 2}),
+                           ("power", {"base": 7, "exponent": 50_000_000}),
+                           ("power", {"base": "7", "exponent": 2}),
                            ("logarithm", {"value": 10, "base": 2, "precision": 1_000_000}),
                            ("logarithm", {"value": "1e999999999999", "base": 2, "precision": 10}),
                            ("round_number", {"number": 1.5, "decimal_places": 10 ** 9}),
@@ -260,8 +306,8 @@ def test_a_call_that_would_hang_is_stopped():
             start = time.perf_counter()
             answers.append((name, result(env, name, **args)))
             times.append(time.perf_counter() - start)
-    times, answers = [], []
-    thread = threading.Thread(target=all_of_them, args=(times, answers), daemon=True)   # signals never reach this thread
+    times, answers = [], []                      # in a thread, because signals never reach one
+    thread = threading.Thread(target=all_of_them, args=(times, answers), daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive() and len(answers) == 9, "a call hangs"
@@ -291,9 +337,9 @@ def test_no_call_leaks_into_another_episode():
         result(env, "mention", tweet_id=0, mentioned_usernames=["@leak"])
     args = ["@a"]
     call = [("post_tweet", {"content": "y", "mentions": args})]
-    env.step(tools.Message("", "call", call))
+    env.step(Message("", "call", call))
     result(env, "mention", tweet_id=1, mentioned_usernames=["@leak"])
-    assert args == ["@a"]                            # what the caller holds (a task's ground truth!) is never changed
+    assert args == ["@a"]                        # what the caller holds (a task's ground truth!) stays
 
     seen = []
     for _ in range(2):
@@ -311,17 +357,18 @@ def test_no_call_leaks_into_another_episode():
     result(env, "square_root", number=2, precision=70)
     assert (mpmath.mp.dps, decimal.getcontext().prec) == before and len(digits) > 50
 
-    env = Env(story("base", 0))                      # a branch and a stored copy go their own way
+    env = Env(story("base", 0))                  # a branch and a stored copy go their own way
     branch, stored = copy.deepcopy(env), pickle.loads(pickle.dumps(env))
-    for text in demonstration(env.task)[0][:-1]:
+    for text in truth_script(env.task)[0][:-1]:
         env.step(parse(text))
-    assert env.task.state(env.apps["GorillaFileSystem"]) != env.task.state(branch.apps["GorillaFileSystem"])
-    assert env.task.state(stored.apps["GorillaFileSystem"]) == env.task.state(branch.apps["GorillaFileSystem"])
+    changed, *others = [env.task.state(e.apps["GorillaFileSystem"]) for e in (env, branch, stored)]
+    assert changed != others[0] == others[1]
 
 
 @needs_bfcl
 def test_concurrent_episodes_of_one_task():
-    """8 threads, one task each time: the entries whose tools share numeric precision, and two ordinary ones."""
+    """8 threads, one task each time: the entries whose tools share numeric precision, and two ordinary
+    ones."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -330,8 +377,8 @@ def test_concurrent_episodes_of_one_task():
 
             def run():
                 env = Env(task)
-                log = [env.step(message) for message in said(demonstration(task))]
-                logs.append((log, env.grade().reward))
+                log = [env.step(message) for message in said(truth_script(task))]
+                logs.append((log, env.grade()))
             threads = [threading.Thread(target=run) for _ in range(8)]
             for t in threads:
                 t.start()
@@ -342,171 +389,295 @@ def test_concurrent_episodes_of_one_task():
         sys.setswitchinterval(interval)
 
 
-# ---- supervision and training ------------------------------------------------------------------------------------------
-
-
+# --- supervision and training ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """A folder with a random Qwen2 whose tokenizer knows the words of BFCL's system messages: prompts of 2 to 4 thousand tokens
-    instead of one per byte. -> (folder, Chat)"""
-    words = supervision.WORDING
-    supervision.WORDING += "\n".join(t.system(s) for t in tools._bfcl_category("base")[::10] for s in "AB")
-    tokenizer = supervision.tiny_tokenizer()
-    supervision.WORDING = words
+    """A folder with a random Qwen2 whose tokenizer knows the words of BFCL's system messages: prompts of 2 to
+    4 thousand tokens instead of one per byte. -> (folder, Chat)"""
+    systems = [task.system(syntax) for task in bfcl_stories("base")[::10] for syntax in "AB"]
+    tokenizer = make_base.tiny_tokenizer("\n".join(systems))
     folder = tmp_path_factory.mktemp("model")
-    a = train.parse_args(["--tiny_hidden", "32", "--tiny_layers", "1"])
-    supervision.tiny_model(len(tokenizer), a).save_pretrained(folder)
+    make_base.tiny_model(len(tokenizer), 32, 1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder, Chat(tokenizer)
 
 
 @needs_bfcl
 def test_supervision_on_real_tasks(small_model):
-    chat = small_model[1]
-    a = train.parse_args(["--world", "bfcl", "--model", "x"])
-    limits = Limits(a.max_messages, a.max_message_tokens, a.max_total_tokens, a.max_observation_tokens)
-    for category in ("base", "miss_func", "miss_param"):
-        for task in bfcl_tasks("train", category, 4):
-            episode = demonstrate(chat, task, a, limits)
-            assert episode.states.count("reply") == len(task.turns) and set(episode.states) == {"call", "reply"}
-            for turn in task.turns:
-                assert write_calls(turn.calls) in hint(task, "A") if turn.calls else "no call is right" in hint(task, "A")
-            wrong = play(chat, Env(task), [["Done."] for _ in task.turns], limits)
-            first = next(t for t, turn in enumerate(task.turns) if turn.calls)
-            assert (wrong.reward, wrong.failed_turn) == (0, first)
-            assert cause(task, wrong, first, "A") == "no call where one is right" and cause(task, episode, first, "A") is None
-            assert [kind for kind, _ in reflection_prompts(task, wrong, "A")] == ["whole", "error"]
-            assert write_calls(task.turns[first].calls) in reflect_whole(task, wrong, "A")
-            assert reflect_error(task, wrong, "A").startswith("cause: no call where one is right\nfix: <tool_call>")
+    _, chat = small_model
+    limits = train.limits_of(train.parse_args(["--world", "bfcl", "--model", "x"]))
+    for task in [task for c in TRAIN_CATEGORIES for task in world().tasks("train", c, 4)]:
+        episode = demonstrate(chat, task, "A", limits)
+        assert episode.states.count("reply") == len(task.turns) and set(episode.states) == {"call", "reply"}
+        for turn in task.turns:
+            shown = write_calls(turn.calls) if turn.calls else "no call is right"
+            assert shown in HBG.hint_text(task, "A")
+        wrong = play(chat, Env(task), [["Done."] for _ in task.turns], limits)
+        first = next(t for t, turn in enumerate(task.turns) if turn.calls)
+        assert (wrong.reward, wrong.failed_turn) == (0, first)
+        assert cause(task, wrong, first, "A") == "no call where one is right"
+        assert cause(task, episode, first, "A") is None
+        assert [kind for kind, _ in reflection_prompts(task, wrong, "A")] == ["whole", "error"]
+        assert write_calls(task.turns[first].calls) in reflect_whole(task, wrong, "A")
+        error = reflect_error(task, wrong, "A")
+        assert error.startswith("cause: no call where one is right\nfix: <tool_call>")
 
 
-RUN = ["--world", "bfcl", "--threads", "1", "--prompts", "1", "--group", "2", "--updates", "1", "--eval_tasks", "1",
-       "--train_tasks", "3", "--probe_tasks", "1", "--max_messages", "12", "--max_message_tokens", "200", "--sft_batch", "2",
-       "--max_total_tokens", "12000", "--max_observation_tokens", "64", "--kl_weight", "0", "--eval_every", "-1"]
+RUN = ["--world", "bfcl", "--threads", "1", "--prompts", "1", "--group", "2", "--updates", "1",
+       "--eval_tasks", "1", "--train_tasks", "3", "--max_messages", "12", "--max_message_tokens", "200",
+       "--sft_batch", "2", "--max_total_tokens", "12000", "--max_observation_tokens", "64",
+       "--kl_weight", "0", "--eval_every", "-1"]
 
 
 @needs_bfcl
-def test_train_and_evaluate_end_to_end(small_model, ace_folder, tmp_path, capsys, monkeypatch):
+def test_train_and_evaluate_end_to_end(small_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = [*RUN, "--model", str(small_model[0]), "--acebench", str(ace_folder)]
-    assert train.cli([*run, "--signal", "prs", "--schedule", "synchronous", "--steps", "1", "--out", "r"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    evals, tests = [r for r in rows if "eval/average" in r], [r for r in rows if "test/average" in r]
-    assert [r["step"] for r in evals] == [0, 1] and [r["step"] for r in tests] == [1]     # test tasks: once, at the end
-    assert {"eval/base", "eval/base_strict", "eval/average_strict", "eval/format_ood"} <= set(evals[0])
-    assert "eval/long_context" not in evals[0] and "eval/ace_tags" not in evals[0]
-    assert {"test/long_context", "test/long_context_strict", "test/ace_tags", "test/ace_brackets"} <= set(tests[0])
+    assert train.cli([*RUN, "--model", str(small_model[0]), "--signal", "prs", "--schedule", "synchronous",
+                      "--steps", "1", "--out", "r"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    evals, tests = ([r for r in rows if f"{name}/average" in r] for name in ("eval", "test"))
+    assert [r["step"] for r in evals] == [0, 1] and [r["step"] for r in tests] == [1]    # test tasks: once
+    assert {"eval/base", "eval/base_strict", "eval/base_clean", "eval/average_strict", "eval/format_ood",
+            "eval/format_ood_strict", "eval/format_ood_clean"} <= set(evals[0])
+    assert "eval/long_context" not in evals[0] and "eval/content_ood" not in evals[0]
+    assert {"test/long_context", "test/long_context_strict", "test/long_context_clean"} <= set(tests[0])
     trained = next(r for r in rows if r.get("phase") == "rl+sft")
     assert trained["sft_loss"] > 0 and trained["skipped_updates"] == 0
-    assert train.cli([*run, "--model", "r", "--eval_only", "--out", "e"]) == 0
-    scores = json.loads((tmp_path / "e" / "eval.json").read_text())
-    assert {"long_context", "base_strict", "ace_tags", "ace_brackets", "average"} <= set(scores)
-    capsys.readouterr()
+    assert train.cli([*RUN, "--model", "r", "--eval_only", "--out", "e"]) == 0
+    scores = json.loads((tmp_path / "e/eval.json").read_text())
+    assert {"long_context", "base_strict", "average", "average_clean"} <= set(scores)
 
 
 def test_mistakes_are_one_sentence(monkeypatch, capsys):
     for name in ("bfcl_eval", "bfcl_eval.constants.executable_backend_config"):
         monkeypatch.setitem(sys.modules, name, None)
     tools.bfcl.cache_clear()
-    tools._bfcl_category.cache_clear()
+    bfcl_stories.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps bfcl-eval==2026.3.23 mpmath==1.3.0"):
-        bfcl_tasks("train", "base")
-    for argv, word in ((["--world", "bfcl"], "--model"), (["--acebench", "x"], "--world bfcl"),
-                       (["--sft_file", "x"], "--signal sft"), (["--validation", "100"], "--validation 100")):
+        world().tasks("train", "base")
+    for argv, word in ((["--world", "bfcl"], "--model"), (["--validation", "100"], "--validation")):
         with pytest.raises(SystemExit):
             train.parse_args(argv)
         assert word in capsys.readouterr().err
 
 
-# ---- ACEBench ----------------------------------------------------------------------------------------------------------
-
-
+# --- ACEBench ----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ace_folder(tmp_path_factory):
     """ACEBench's layout, two entries made by hand."""
     folder = tmp_path_factory.mktemp("ace")
     (folder / "possible_answer").mkdir()
     docs = [{"name": "weather", "description": "Weather.", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}]
-    entries = [{"id": "a_0", "question": "user: Weather in New York for 3 days?\n", "function": docs, "time": "It is Monday."},
+        "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"]}}]
+    entries = [{"id": "a_0", "question": "user: Weather in New York for 3 days?\n", "function": docs,
+                "time": "It is Monday."},
                {"id": "a_1", "question": "user: Weather in Rome and Oslo?\n", "function": docs, "time": ""}]
-    truths = [{"id": "a_0", "ground_truth": [{"weather": {"city": "New York", "days": 3}}, {"weather": {"city": "NYC"}}]},
+    truths = [{"id": "a_0", "ground_truth": [{"weather": {"city": "New York", "days": 3}},
+                                             {"weather": {"city": "NYC"}}]},
               {"id": "a_1", "ground_truth": {"weather_1": {"city": "Rome"}, "weather_2": {"city": "Oslo"}}}]
-    for name, rows in (("data_normal_x.json", entries), ("possible_answer/data_normal_x.json", truths)):
-        (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    for name, lines in (("data_normal_x.json", entries), ("possible_answer/data_normal_x.json", truths)):
+        (folder / name).write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
-def test_acebench_rules(ace_folder):
-    first, second = acebench_tasks(ace_folder)
-    assert "It is Monday." in first.system("B") and first.turns[0].user.endswith("New York for 3 days?\n")
+def ace_grade(task, said, syntax):
+    """said: calls, or the message itself -> reward, status"""
+    env = task.env(syntax, "strict")
+    text = said if isinstance(said, str) else write_calls(said, syntax)
+    assert env.step(parse(text, syntax)) is None
+    return env.grade(), env.status
 
-    def grade(task, calls, syntax):
-        env = make_env(task, syntax, "strict")
-        assert env.step(parse(calls if isinstance(calls, str) else write_calls(calls, syntax), syntax)) is None
-        return env.grade().reward, env.status
-    for syntax in "AB":
-        for calls, reward in [([("weather", {"city": "the city of new-york", "days": 3})], 1),
-                              ([("weather", {"city": "New York"})], 1),
-                              ([("weather", {"city": "N.Y.C."})], 1), ([("weather", {"city": "New York", "days": 4})], 0),
-                              ([("weather", {"days": 3})], 0), ([("weather", {"city": "New York", "unit": "C"})], 0),
-                              ([("Weather", {"city": "New York"})], 0), ([("weather", {"city": "New York"})] * 2, 0),
-                              ("I cannot.", 0), ("", 0), ("<tool_call>", 0)]:
-            assert grade(first, calls, syntax) == (reward, "finished"), (calls, syntax)
-        assert grade(second, [("weather", {"city": "Oslo"}), ("weather", {"city": "Rome"})], syntax)[0] == 1
-        assert grade(second, [("weather", {"city": "Oslo"}), ("weather", {"city": "Oslo"})], syntax)[0] == 0
-    assert ace_equal({"a": ["X y"], "b": True}, {"a": ["xy"], "b": True}) and not ace_equal({"a": ["X yz"]}, {"a": ["xy"]})
+
+@pytest.mark.parametrize("syntax", ["A", "B"])
+def test_acebench_rules(ace_folder, syntax):
+    first, second = acebench_tasks(ace_folder)
+    assert acebench_tasks(ace_folder, 1) == [first]
+    assert first.system(syntax).endswith("\n\nIt is Monday.") and "Monday" not in second.system(syntax)
+    assert first.turns[0].user == "Conversation history 1..t:\nuser: Weather in New York for 3 days?\n"
+    for args, reward in [({"city": "the city of new-york", "days": 3}, 1), ({"city": "New York"}, 1),
+                         ({"city": "N.Y.C."}, 1), ({"city": "New York", "days": 4}, 0), ({"days": 3}, 0),
+                         ({"city": "New York", "unit": "C"}, 0), ({"city": 5}, 0)]:
+        assert ace_grade(first, [("weather", args)], syntax) == (reward, "finished"), args
+    right = ("weather", {"city": "New York"})
+    for said in ([("Weather", {"city": "New York"})], [right, right], "I cannot.", "", "<tool_call>"):
+        assert ace_grade(first, said, syntax) == (0, "finished"), said
+    cut = first.env(syntax)
+    assert cut.step(parse(write_calls([right], syntax), syntax, ended=False)) is None
+    assert (cut.grade(), cut.status) == (0, "message_limit")
+    rome, oslo = ("weather", {"city": "Rome"}), ("weather", {"city": "Oslo"})
+    assert ace_grade(second, [oslo, rome], syntax)[0] == 1 and ace_grade(second, [oslo, oslo], syntax)[0] == 0
+
+
+def test_acebench_reads_what_cannot_be_read_as_wrong(ace_folder):
+    first, _ = acebench_tasks(ace_folder)
+    good = write_calls([("weather", {"city": "New York"})])
+    assert ace_grade(first, good, "A")[0] == 1 and ace_grade(first, good + TAG.format("{"), "A")[0] == 0
+
+
+def test_acebench_values():
+    assert ace_equal({"a": ["X y"], "b": True}, {"a": ["xy"], "b": True})
+    assert not ace_equal({"a": ["X yz"]}, {"a": ["xy"]}) and ace_equal("X yz", "xy")
+    assert ace_equal("true", True) and not ace_equal(False, True) and not ace_equal(3, "3")
+
+
+ACE_SCORES = {"ace_brackets", "ace_brackets_clean", "ace_tags", "ace_tags_clean"}
+
+
+def test_acebench_evaluates_a_run(ace_folder, folder, tmp_path, capsys):
+    """Greedily, so the same twice; and the command line of the script"""
+    args = ["--model", "runs/first", "--data", str(ace_folder), "--max_message_tokens", "50",
+            "--threads", "1"]
+    assert acebench.cli([*args, "--out", str(tmp_path / "ace.json")]) == 0
+    out, scores = capsys.readouterr().out, json.loads((tmp_path / "ace.json").read_text())
+    assert scores.keys() == ACE_SCORES and all(f"\n{name} " in out for name in scores)
+    done = subprocess.run([sys.executable, str(ROOT / "results/acebench.py"), *args], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == out, done.stderr
+
+
+@pytest.mark.parametrize("n, solved", [("1", 1.0), ("2", 0.5)])
+def test_acebench_scores(ace_folder, folder, tmp_path, monkeypatch, n, solved):
+    """A model that solves the first entry, in brackets"""
+    def engine(args, model, chat):
+        said = chat.message("[weather(city='New York')]")
+
+        def generate(requests, temperature):
+            assert temperature == 0
+            return [(said, [0.0] * len(said)) for _ in requests]
+        nothing = lambda *args: None
+        return SimpleNamespace(load=nothing, sleep=nothing, reset=nothing, generate=generate)
+    monkeypatch.setattr(train, "make_engine", engine)
+    out = tmp_path / "ace.json"
+    args = ["--model", "runs/first", "--data", str(ace_folder), "--n", n, "--out", str(out)]
+    assert acebench.cli(args) == 0
+    assert json.loads(out.read_text()) == dict.fromkeys(ACE_SCORES, 0.0) | {
+        "ace_brackets": solved, "ace_brackets_clean": solved}
+
+
+def test_acebench_mistakes(ace_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="data_normal"):
         acebench_tasks(ace_folder / "possible_answer" / "none")
+    for argv, words in ((["--model", "x", "--data", "nowhere"], "acebench.py: error: --data nowhere has no"),
+                        (["--model", "no/such/model", "--data", str(ace_folder)], "no/such/model")):
+        assert acebench.cli([*argv, "--out", "ace.json"]) == 2
+        err = capsys.readouterr().err.strip()
+        assert words in err and "\n" not in err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif("ACEBENCH_DIR" not in os.environ, reason="ACEBENCH_DIR does not name ACEBench's English data")
+@pytest.mark.skipif("ACEBENCH_DIR" not in os.environ,
+                    reason="ACEBENCH_DIR does not name ACEBench's English data")
 def test_acebench_ground_truth():
     tasks = acebench_tasks(os.environ["ACEBENCH_DIR"])
     assert len(tasks) == 823
     for syntax in "AB":
         for task in tasks:
-            env, idle = make_env(task, syntax, "lenient"), make_env(task, syntax, "lenient")
-            env.step(parse(write_calls(task.turns[0].calls, syntax), syntax))
-            idle.step(parse("I cannot do that.", syntax))
-            assert (env.grade().reward, idle.grade().reward) == (1, 0), task.id
+            assert ace_grade(task, task.turns[0].calls, syntax)[0] == 1, task.id
+            assert ace_grade(task, "I cannot do that.", syntax)[0] == 0, task.id
 
 
-# ---- ToolACE -----------------------------------------------------------------------------------------------------------
-
-
-def toolace_rows():
+# --- ToolACE -----------------------------------------------------------------------------------------------
+def toolace_entries():
+    """Two that can be read, four that cannot"""
     system = ('Here is a list of functions in JSON format that you can invoke:\n'
-              '[{"name": "Market Trends API", "description": "Trends.", "parameters": {"type": "dict", "properties": '
-              '{"kind": {"type": "string"}}, "required": ["kind"]}}, '
+              '[{"name": "Market Trends API", "description": "Trends.", "parameters": {"type": "dict", '
+              '"properties": {"kind": {"type": "string"}}, "required": ["kind"]}}, '
               '{"name": "f", "description": "", "parameters": {"type": "dict", "properties": {}}}]. '
               "\nShould you decide to return the function call(s), put them as [func(a=1)]")
-    talk = lambda *values: {"system": system, "conversations": [
-        {"from": who, "value": value} for who, value in zip(("user", "assistant", "tool", "assistant"), values)]}
-    good = talk("Trends?", '[Market Trends API(kind="INDEX"), f()]', '[{"name": "f", "results": {}}]', "They rise.")
+
+    def talk(*values):
+        turns = zip(("user", "assistant", "tool", "assistant"), values)
+        return {"system": system, "conversations": [{"from": who, "value": value} for who, value in turns]}
+    good = talk("Trends?", '[Market Trends API(kind="INDEX"), f()]', '[{"name": "f", "results": {}}]',
+                "They rise.")
     return [good, talk("Hi", "Hello."), talk("Hi", "[Market Trends API(kind=]"), talk("Hi", "[unknown(x=1)]"),
             {"system": "no tools", "conversations": good["conversations"]}, {"conversations": []}]
 
 
-@pytest.mark.parametrize("lines", [False, True])
-def test_toolace(tmp_path, chat, lines):
-    path, rows = tmp_path / "toolace.json", toolace_rows()
-    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
-    dialogues, unreadable = read_toolace(path)
+@pytest.fixture(params=["list", "lines"])
+def toolace_file(request, tmp_path):
+    entries = toolace_entries()
+    text = json.dumps(entries) if request.param == "list" else "\n".join(map(json.dumps, entries))
+    (tmp_path / "toolace.json").write_text(text)
+    return tmp_path / "toolace.json"
+
+
+def test_toolace_dialogues(toolace_file):
+    dialogues, unreadable = toolace.read_toolace(toolace_file)
     assert (len(dialogues), unreadable) == (2, 4)
     assert [m["role"] for m in dialogues[0]] == ["system", "user", "assistant", "user", "assistant"]
-    assert parse(dialogues[0][2]["content"]).calls == [("Market Trends API", {"kind": "INDEX"}), ("f", {})]
-    assert dialogues[0][3]["content"].startswith("<tool_response>\n[{") and '"type": "object"' in dialogues[0][0]["content"]
-    assert read_toolace(path, "B")[0][1][2]["content"] == "Hello."
+    system, _, called, results, _ = [m["content"] for m in dialogues[0]]
+    assert parse(called).calls == [("Market Trends API", {"kind": "INDEX"}), ("f", {})]
+    assert results.startswith("<tool_response>\n[{") and '"type": "object"' in system
+    in_b, _ = toolace.read_toolace(toolace_file, "B")
+    assert in_b[0][0]["content"].startswith("You are given a question and a set of functions.")
+    assert in_b[0][2]["content"] == "[Market Trends API(kind='INDEX'), f()]"
+    assert in_b[1][2]["content"] == "Hello."
 
+
+def test_toolace_dialogues_that_end_or_begin_oddly():
+    """The last question has no answer to learn; two answers in a row, or none, are no dialogue."""
+    entry = toolace_entries()[1]
+
+    def read(*turns):
+        conversations = [{"from": who, "value": value} for who, value in turns]
+        return toolace.toolace_dialogue(entry | {"conversations": conversations}, "A")
+    asked, said = ("user", "Hi"), ("assistant", "Hello.")
+    assert len(read(asked, said, asked, said)) == 5 and read(asked, said, asked) == read(asked, said)
+    for turns in ([], [asked], [said], [asked, asked, said], [asked, said, said], [said, asked]):
+        assert read(*turns) is None
+    assert read(asked, ("assistant", "<tool_call>")) is None         # a reply that is not clean
+
+
+def test_toolace_names():
+    names = ["Market API", "API"]                # one ends like the other; a name may stand inside a value
+    assert toolace.toolace_calls("[API(a=1), Market API(b='x')]", names) == [("API", {"a": 1}),
+                                                                             ("Market API", {"b": "x"})]
+    for text in ("[API(a='API(')]", "[other(a=1)]", "[API(a=1)", "[API(1)]"):
+        with pytest.raises(ValueError):
+            toolace.toolace_calls(text, names)
+
+
+def test_toolace_becomes_rows(toolace_file, tmp_path, chat):
+    """The script's lines on stdout, the count on stderr; then --sft_file, token by token."""
+    dialogues, _ = toolace.read_toolace(toolace_file)
+    script = [sys.executable, str(ROOT / "results/toolace.py"), str(toolace_file)]
+    done = subprocess.run([*script, "--syntax", "A"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "2 dialogues; left out: 4 that cannot be read" in done.stderr
+    assert [json.loads(line)["messages"] for line in done.stdout.splitlines()] == dialogues
+    path = tmp_path / "dialogues.jsonl"
+    assert toolace.main([str(toolace_file), "--out", str(path)]) == 0 and path.read_text() == done.stdout
     flags = ["--signal", "sft", "--schedule", "sft", "--sft_file", str(path), "--max_total_tokens", "4000"]
     signal = supervision.SFT(train.parse_args(flags), chat, [], Limits(total=4000))
-    row = signal.rows()[0]
-    trained = chat.text([i for i, m in zip(row.ids, row.mask) if m])
+    row, _ = signal.rows()
+    trained = chat.text([i for i, trained in zip(row.ids, row.mask) if trained])
     assert trained == dialogues[0][2]["content"] + "<|im_end|>They rise.<|im_end|>"
-    assert chat.text(row.ids) + "\n" == chat.tokenizer.apply_chat_template(dialogues[0], tokenize=False)      # no seams
-    assert "2 dialogues; left out: 4 that cannot be read, 0 longer" in signal.note
+    whole = chat.tokenizer.apply_chat_template(dialogues[0], tokenize=False)     # no seams
+    assert chat.text(row.ids) + "\n" == whole
+    assert "2 dialogues" in signal.note and "left out: 0" in signal.note
     with pytest.raises(UserError, match="no usable row"):
         supervision.SFT(train.parse_args(flags), chat, [], Limits(total=10))
-    with pytest.raises(UserError, match="cannot be read"):
-        read_toolace(tmp_path / "none.json")
+
+
+def test_toolace_mistakes(tmp_path, capsys):
+    (tmp_path / "text").write_text("Trends?")
+    for name in ("none.json", "text"):
+        assert toolace.main([str(tmp_path / name)]) == 2
+        seen = capsys.readouterr()
+        assert f"{name} cannot be read" in seen.err and seen.err.count("\n") == 1 and not seen.out
+
+
+def test_training_on_dialogues(toolace_file, folder, tmp_path):
+    """A run on a file: its rows are trained, none of the world's."""
+    path = tmp_path / "dialogues.jsonl"
+    assert toolace.main([str(toolace_file), "--out", str(path)]) == 0
+    out = tmp_path / "run"
+    assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_file", str(path),
+                      "--sft_batch", "2", "--eval_tasks", "1", "--train_tasks", "3",
+                      "--max_total_tokens", "4000", "--eval_every", "-1", "--probe_every", "-1",
+                      "--out", str(out)]) == 0
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in steps if "phase" in r]
+    assert [r["sft_visits"] for r in steps] == [2, 2] and steps[0]["sft_tokens"] == steps[1]["sft_tokens"]
+    assert steps[1]["sft_loss"] < steps[0]["sft_loss"]

@@ -1,7 +1,8 @@
-"""Every loss against an independent float64 reference written out by hand (plain Python loops, one token at a time), and
-the invariances: chunks, micro-batches, processes."""
+"""Every loss against an independent float64 reference written out by hand (plain Python loops, one token at a
+time), and the invariances: chunks, micro-batches, processes."""
 import copy
 import math
+import re
 import time
 from types import SimpleNamespace
 
@@ -9,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from rl_step import (LOSSES, advantages, kl_penalty, normaliser, policy_loss, pressure, recompute_logprobs, rl_backward,
-                     sampler_correction)
+from conftest import ROOT
+
+from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
+                     set_old_logprobs)
 from rollout import Episode
-from sft_step import lay_out, micro_batches, optimizer_step, sft_backward, token_logprobs
+from sft_step import at_trained, micro_batches, optimizer_step, padded, sft_backward, token_logprobs
 
 
 def episodes(seed=0, n=8, vocab=500, groups=2):
-    """Random rows of different lengths; masks with gaps, as multi-turn masks have."""
+    """Random rows of different lengths; masks with gaps, as multi-turn masks have. p_old is the sampler's."""
     rng, rows = np.random.default_rng(seed), []
     for i in range(n):
         e = Episode(f"t{i}", i * groups // n, i)
@@ -25,7 +28,7 @@ def episodes(seed=0, n=8, vocab=500, groups=2):
             said = rng.integers(7, vocab, rng.integers(1, 9)).tolist()
             e.append(said, "model", turn, (-rng.random(len(said)) * 12).tolist())
             e.append(rng.integers(7, vocab, 3).tolist(), "tool", turn)
-        e.reward = float(rng.random() < 0.5)
+        e.reward, e.logprobs_old = float(rng.random() < 0.5), e.logprobs
         rows.append(e)
     return rows
 
@@ -37,10 +40,12 @@ def gradients(model, run):
 
 
 def close(a, b, tol=1e-5):
-    return all(torch.allclose(x, y, atol=tol * max(1.0, y.abs().max().item())) for x, y in zip(a, b, strict=True))
+    """Two lists of tensors, the first within `tol` of the second's largest values?"""
+    same = lambda x, y: torch.allclose(x, y, atol=tol * max(1.0, y.abs().max().item()))
+    return all(same(x, y) for x, y in zip(a, b, strict=True))
 
 
-# --- log-probabilities and cross-entropy -------------------------------------------------------------------------------
+# --- log-probabilities and cross-entropy --------------------------------------------------------------------
 def reference_logprobs(model, rows):
     """Whole logits, row by row without padding, float64 from the logits on."""
     logp, entropy = [], []
@@ -60,11 +65,15 @@ def test_chunked_logprobs_values_and_gradients(model, chunk):
     weights = torch.linspace(-1, 1, sum(sum(r.mask) for r in rows))
     expected, expected_entropy = reference_logprobs(model, rows)
     _, plain = gradients(model, lambda m: (reference_logprobs(m, rows)[0].float() * weights).sum().backward())
-    logp, entropy, row, _ = token_logprobs(model, rows, chunk)
-    assert torch.allclose(logp.double(), expected, atol=1e-5) and torch.allclose(entropy.double(), expected_entropy, atol=1e-4)
-    assert row.tolist() == [i for i, r in enumerate(rows) for m in r.mask if m]
-    _, ours = gradients(model, lambda m: (token_logprobs(m, rows, chunk)[0] * weights).sum().backward())
+    scored = token_logprobs(model, rows, chunk)
+    assert torch.allclose(scored.logp.double(), expected, atol=1e-5)
+    assert torch.allclose(scored.entropy.double(), expected_entropy, atol=1e-4)
+    assert scored.logp.requires_grad and not scored.entropy.requires_grad
+    assert scored.owner.tolist() == [i for i, r in enumerate(rows) for m in r.mask if m]
+    _, ours = gradients(model, lambda m: (token_logprobs(m, rows, chunk).logp * weights).sum().backward())
     assert close(ours, plain)
+    with torch.no_grad():                        # nothing to compute again: another path
+        assert torch.equal(token_logprobs(model, rows, chunk).logp, scored.logp)
 
 
 def test_cross_entropy(model):
@@ -72,16 +81,25 @@ def test_cross_entropy(model):
     n = sum(sum(r.mask) for r in rows)
     metrics, grads = gradients(model, lambda m: sft_backward(m, rows, weight=0.5, micro_tokens=60))
     expected, _ = reference_logprobs(model, rows)
-    assert metrics["sft_tokens"] == n and math.isclose(metrics["sft_loss"], -0.5 * expected.sum().item() / n, rel_tol=1e-5)
+    assert metrics["sft_tokens"] == n
+    assert metrics["sft_loss"] == pytest.approx(-0.5 * expected.sum().item() / n, rel=1e-5)
     _, plain = gradients(model, lambda m: (-0.5 * reference_logprobs(m, rows)[0].sum() / n).backward())
     assert close(grads, plain)
+    for i, row in enumerate(rows):                                   # weights of their own, the same divisor
+        row.weight = i / 4
+    metrics, grads = gradients(model, lambda m: sft_backward(m, rows, micro_tokens=60))
+    weights = -torch.tensor([r.weight for r in rows for m in r.mask if m]) / n
+    _, plain = gradients(model, lambda m: (reference_logprobs(m, rows)[0] * weights).sum().backward())
+    assert close(grads, plain)
+    assert metrics["sft_loss"] == pytest.approx((expected * weights).sum().item(), rel=1e-5)
 
 
 def test_watched_probabilities(model):
     rows = episodes()
-    *_, watched = token_logprobs(model, rows, 7, watch=[3, 9])
-    expected = [torch.softmax(model(torch.tensor([r.ids])).logits[0].double(), -1)[t - 1, [3, 9]]
-                for r in rows for t, m in enumerate(r.mask) if m]
+    watched, expected = token_logprobs(model, rows, 7, watch=[3, 9]).watched, []
+    for r in rows:
+        p = torch.softmax(model(torch.tensor([r.ids])).logits[0].double(), -1)
+        expected += [p[t - 1, [3, 9]] for t, m in enumerate(r.mask) if m]
     assert torch.allclose(watched.double(), torch.stack(expected), atol=1e-6) and not watched.requires_grad
 
 
@@ -89,16 +107,19 @@ def test_pressure_is_the_gradient_of_the_objective():
     """Autograd on free logits gives the same push, and the four parts add up to it."""
     gen = torch.Generator().manual_seed(0)
     logits = torch.randn(50, 7, generator=gen, dtype=torch.float64, requires_grad=True)
-    target, adv = torch.randint(0, 7, (50,), generator=gen), torch.randn(50, generator=gen, dtype=torch.float64)
+    target = torch.randint(0, 7, (50,), generator=gen)
+    adv = torch.randn(50, generator=gen, dtype=torch.float64)
     malformed = torch.rand(50, generator=gen) < 0.4
     (adv * torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0]).sum().backward()
     parts = pressure(adv, torch.softmax(logits.detach(), -1)[:, [2, 5]], target, malformed, [2, 5])
     assert torch.allclose(parts.sum(-1), logits.grad.sum(0)[[2, 5]])
     for k, column in ((0, 2), (1, 5)):
         hit = target == column
-        for value, where in zip(parts[k], (hit & ~malformed, hit & malformed, ~hit & (adv > 0), ~hit & (adv < 0))):
+        masks = (hit & ~malformed, hit & malformed, ~hit & (adv > 0), ~hit & (adv < 0))
+        for value, where in zip(parts[k], masks, strict=True):
             assert torch.allclose(value, logits.grad[where, column].sum())
-    assert (parts[:, 2] <= 0).all() and (parts[:, 3] >= 0).all()     # others pushed up press it down, others pushed down raise it
+    assert (parts[:, 2] <= 0).all()                                  # others pushed up press it down,
+    assert (parts[:, 3] >= 0).all()                                  # others pushed down raise it
 
 
 def test_first_token_is_never_trained(model):
@@ -108,167 +129,208 @@ def test_first_token_is_never_trained(model):
 
 def test_micro_batches():
     rows = [SimpleNamespace(ids=[0] * n) for n in (9, 2, 3, 30)]
-    assert [[len(r.ids) for r in b] for b in micro_batches(rows, 10)] == [[2, 3], [9], [30]]   # a long row goes alone
+    lengths = lambda batches: [[len(r.ids) for r in batch] for batch in batches]
+    assert lengths(micro_batches(rows, 10)) == [[2, 3], [9], [30]]   # a long row goes alone
+    assert lengths(micro_batches(rows, 27)) == [[2, 3, 9], [30]]     # 3 x 9: padding counts
+    assert lengths(micro_batches(rows, 26)) == [[2, 3], [9], [30]]
     assert micro_batches([], 10) == []
-    assert [[len(r.ids) for r in b] for b in micro_batches(rows, 14, packed=True)] == [[2, 3, 9], [30]]      # padded: 27
+    assert micro_batches([(9, "a"), (2, "b")], 10, length=lambda pair: pair[0]) == [[(2, "b")], [(9, "a")]]
 
 
-def test_packed_rows_are_laid_out_one_behind_the_other():
-    rows = [SimpleNamespace(ids=[7, 8, 9], mask=[0, 1, 1]), SimpleNamespace(ids=[7, 5], mask=[0, 1])]
-    ids, mask, row, layout = lay_out(rows, True, "cpu")
-    assert (ids.tolist(), mask.tolist(), row.tolist()) == ([[7, 8, 9, 7, 5]], [[False, True, True, False, True]], [[0, 0, 0, 1, 1]])
-    assert {k: getattr(v, "tolist", lambda: v)() for k, v in layout.items()} == {
-        "position_ids": [[0, 1, 2, 0, 1]], "cu_seq_lens_q": [0, 3, 5], "max_length_q": 3}
+def test_padding_and_trained_tokens():
+    rows = [SimpleNamespace(ids=[7, 8, 9], mask=[0, 1, 1], logprobs=[0, -0.1, -0.2]),
+            SimpleNamespace(ids=[7, 5], mask=[0, 1], logprobs=[0, -0.3])]
+    assert padded([r.ids for r in rows], "cpu").tolist() == [[7, 8, 9], [7, 5, 0]]
+    assert at_trained(rows, "logprobs", "cpu").tolist() == pytest.approx([-0.1, -0.2, -0.3])
+    assert at_trained(rows, "ids", "cpu").tolist() == [8, 9, 5]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_packed_equals_padded(model, checkpointing):
-    rows, adv = episodes(), [1.0, -0.5, 0.3, 0.0, 2.0, -1.0, 0.7, -0.1]
-    packed = copy.deepcopy(model)
-    packed.set_attn_implementation("packed")
-    if checkpointing:
-        packed.train().gradient_checkpointing_enable({"use_reentrant": False})
-    for batch in (rows, rows[:1]):
-        one, two = (token_logprobs(m, batch, watch=(3, 9)) for m in (model, packed))
-        assert torch.equal(one[2], two[2]) and close([one[i] for i in (0, 1, 3)], [two[i] for i in (0, 1, 3)])
-    for micro_tokens in (30, 10_000):
-        (m1, g1), (m2, g2) = (gradients(m, lambda m: rl_backward(m, rows, adv, micro_tokens=micro_tokens)) for m in (model, packed))
-        assert close(g2, g1) and m2 == pytest.approx(m1, rel=1e-4, abs=1e-6)
-    before, _, row, _ = token_logprobs(packed, rows)
-    rows[0].ids[0] += 1                                              # what stands in one row does not reach the next
-    same = token_logprobs(packed, rows)[0] == before
-    assert same[row > 0].all() and not same[row == 0].any()
-
-
-# --- advantages --------------------------------------------------------------------------------------------------------
+# --- advantages ---------------------------------------------------------------------------------------------
 def test_advantages():
     a = advantages([1, 0, 0, 1, 1, 0.5], [7, 7, 7, 8, 8, 9])
     mean, std = 1 / 3, math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
-    assert a == pytest.approx([(1 - mean) / (std + 1e-6), -mean / (std + 1e-6), -mean / (std + 1e-6), 0, 0, 0])
-    assert advantages([1, 0, 0], [7, 7, 7], normalise=False) == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    up, down = (1 - mean) / (std + 1e-6), -mean / (std + 1e-6)
+    assert a == pytest.approx([up, down, down, 0, 0, 0])
+    assert advantages([1, 0, 0, 1], [7, 7, 7, 8], only="positive") == pytest.approx([up, 0, 0, 0])
+    assert advantages([1, 0, 0, 1], [7, 7, 7, 8], only="negative") == pytest.approx([0, down, down, 0])
+    # groups are named, not counted: the same rewards in another order
+    mixed = advantages([0, 1, 1, 0, 0.5, 0], [7, 8, 7, 7, 9, 8])
+    assert mixed == pytest.approx([down, 0.7071, up, down, 0, -0.7071], abs=1e-4)
     # one success in a group of 8, the paper's usual case
     assert advantages([1] + [0] * 7, [0] * 8) == pytest.approx([2.4749] + [-0.35355] * 7, abs=1e-4)
 
 
-# --- policy losses -----------------------------------------------------------------------------------------------------
-def reference_loss(kind, logp, old, adv, low, high, c):
-    """One row (lists of floats) -> its summed loss in float64, each formula written out."""
+# --- policy losses ------------------------------------------------------------------------------------------
+def gspo(t, low, high):
+    lengths = torch.bincount(t.owner).float()                                                        # [B]
+    log_ratio = torch.zeros_like(lengths).index_add(0, t.owner, t.logp - t.logp_old) / lengths       # [B]
+    loss = -clipped(log_ratio.exp()[t.owner], t.adv, low, high)                                      # [N]
+    return loss * t.n_tokens / (t.n_rows * lengths[t.owner])
+
+
+OURS = LOSSES | {"gspo": gspo}                   # one of our own beside them: README's example
+
+
+def test_the_loss_of_readme():
+    """The example that README gives of a loss of one's own is the one tested here."""
+    readme, names = (ROOT / "README.md").read_text(), {"torch": torch, "clipped": clipped}
+    exec(re.search(r"^def gspo\(.*?\n(?=\S)", readme, re.S | re.M)[0], names)
+    logp = torch.linspace(-4, -1, 12)
+    t = tokens(logp, torch.full((12,), -2.0), torch.linspace(-1, 1, 12), torch.arange(12) // 5)
+    assert torch.equal(names["gspo"](t, 0.2, 0.3), gspo(t, 0.2, 0.3))
+
+
+def tokens(logp, old, adv, owner=None):
+    """Tokens of an update that is this one micro-batch"""
+    owner = torch.zeros(len(logp), dtype=torch.long) if owner is None else owner
+    ratio = (logp - old).clamp(-20, 20).exp()
+    return Tokens([], owner, torch.zeros_like(owner), adv, logp, old, ratio, len(logp), int(owner.max()) + 1)
+
+
+def reference_loss(kind, logp, old, adv, low, high):
+    """One row (lists of floats) -> its loss in float64, each formula written out"""
     total, n = 0.0, len(logp)
     sequence_ratio = math.exp(sum(x - y for x, y in zip(logp, old)) / n)
     for x, y in zip(logp, old):
         ratio = sequence_ratio if kind == "gspo" else math.exp(min(max(x - y, -20), 20))
-        if kind == "cispo":
-            total += -min(ratio, 1 + high) * adv * x
-            continue
         value = min(ratio * adv, min(max(ratio, 1 - low), 1 + high) * adv)
         if kind == "grpo" and adv < 0:
-            value = max(value, c * adv)
-        total += -value / (n if kind == "gspo" else 1)
-    return total
+            value = max(value, 3 * adv)
+        total += -value
+    return total / n
 
 
-@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("shift", [-2.0, 0.0, 2.0])
+@pytest.mark.parametrize("kind", OURS)
 @pytest.mark.parametrize("adv", [1.7, -0.6])
-def test_policy_loss_values(kind, adv):
-    """Ratios from e^-4 to e^4 around 1, so every branch (inside, clipped low, clipped high, dual clip) is taken."""
+def test_policy_loss_values(kind, adv, shift):
+    """Ratios from e^-4 to e^4 around e^shift, so every branch (inside, clipped low, clipped high, dual clip)
+    is taken, also by GSPO's one ratio."""
     old = torch.linspace(-5, -1, 41)
-    logp = old + torch.linspace(-4, 4, 41)
-    low, high = 0.2, 0.28
-    out, _ = policy_loss(logp, old, torch.full((41,), adv), torch.zeros(41, dtype=torch.long), torch.tensor([41.0]), kind,
-                         (low, high), 3.0)
-    expected = reference_loss(kind, logp.tolist(), old.tolist(), adv, low, high, 3.0)
-    assert out.double().sum().item() == pytest.approx(expected, rel=1e-5)
+    logp = old + shift + torch.linspace(-4, 4, 41)
+    t = tokens(logp, old, torch.full((41,), adv))
+    expected = reference_loss(kind, logp.tolist(), old.tolist(), adv, 0.2, 0.28)
+    loss = OURS[kind](t, 0.2, 0.28)
+    assert loss.shape == (41,) and loss.double().sum().item() / 41 == pytest.approx(expected, rel=1e-5)
 
 
 def test_policy_loss_gradients_by_hand():
-    """d loss / d logp, token by token, at ratios 0.5, 1, 1.5, 10."""
+    """d loss / d logp, token by token, at ratios 0.5, 1, 1.5, 10"""
     ratio = torch.tensor([0.5, 1.0, 1.5, 10.0])
     old = torch.tensor([-3.0, -3.0, -3.0, -3.0])
 
     def grad(kind, a):
         logp = (old + ratio.log()).requires_grad_()
-        loss, _ = policy_loss(logp, old, torch.full((4,), a), torch.arange(4), torch.ones(4), kind, (0.2, 0.2), 3.0)
-        loss.sum().backward()
+        LOSSES[kind](tokens(logp, old, torch.full((4,), a)), 0.2, 0.2).sum().backward()
         return logp.grad.tolist()
-    # positive: -rho A inside and below the band, nothing above it.   negative: nothing below, and dual clip cuts at rho > 3
+    # positive: -rho A inside and below the band, nothing above it
     assert grad("grpo", 1.0) == pytest.approx([-0.5, -1.0, 0, 0])
+    assert grad("dapo", 1.0) == pytest.approx([-0.5, -1.0, 0, 0])
+    # negative: nothing below the band, and the dual clip cuts at rho > 3
     assert grad("grpo", -1.0) == pytest.approx([0, 1.0, 1.5, 0])
-    assert grad("dapo", -1.0) == pytest.approx([0, 1.0, 1.5, 10.0])              # no dual clip
-    assert grad("cispo", 1.0) == pytest.approx([-0.5, -1.0, -1.2, -1.2])         # clipped weight, never a lost gradient
+    assert grad("dapo", -1.0) == pytest.approx([0, 1.0, 1.5, 10.0])  # no dual clip
 
 
 def test_gspo_uses_one_ratio_per_sequence():
     old = torch.tensor([-1.0, -1.0, -2.0])
     logp = torch.tensor([-1.0 + 0.3, -1.0 - 0.1, -2.0], requires_grad=True)
-    row, lengths = torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0])
-    loss, _ = policy_loss(logp, old, torch.tensor([1.0, 1.0, 1.0]), row, lengths, "gspo", (0.5, 0.5))
+    t = tokens(logp, old, torch.ones(3), torch.tensor([0, 0, 1]))
+    loss = gspo(t, 0.5, 0.5) / t.n_tokens        # as rl_backward does
     r0 = math.exp((0.3 - 0.1) / 2)
-    assert loss.tolist() == pytest.approx([-r0 / 2, -r0 / 2, -1.0])
+    assert loss.tolist() == pytest.approx([-r0 / 4, -r0 / 4, -1 / 2])        # each of the 2 rollouts: a half
     loss.sum().backward()
-    assert logp.grad.tolist() == pytest.approx([-r0 / 2, -r0 / 2, -1.0])         # the ratio's gradient is shared evenly
+    assert logp.grad.tolist() == pytest.approx([-r0 / 4, -r0 / 4, -1 / 2])   # the ratio's gradient, shared
+
+
+def test_one_value_per_row():
+    t = tokens(torch.zeros(4), torch.zeros(4), torch.zeros(4), torch.tensor([0, 0, 0, 1]))
+    assert t.of_rows([True, False]).tolist() == [True, True, True, False]
 
 
 def test_kl_estimators():
     logp, ref = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
     d = [-0.5, 1.0]
-    assert kl_penalty(logp, ref, "k1").tolist() == pytest.approx([0.5, -1.0])
     assert kl_penalty(logp, ref, "k2").tolist() == pytest.approx([x * x / 2 for x in d])
     assert kl_penalty(logp, ref, "k3").tolist() == pytest.approx([math.exp(x) - x - 1 for x in d])
-    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])         # in expectation: KL(p || q)
-    exact = (p * (p / q).log()).sum()
-    for kind in ("k1", "k3"):
-        assert (p * kl_penalty(p.log(), q.log(), kind)).sum() == pytest.approx(exact.item(), rel=1e-5)
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    exact = (p * (p / q).log()).sum()            # k3's expectation is KL(p || q); of k2 the gradient's is:
+    assert (p * kl_penalty(p.log(), q.log(), "k3")).sum() == pytest.approx(exact.item(), rel=1e-5)
+    logits = p.log().requires_grad_()
+    now = torch.log_softmax(logits, -1)
+    expected, = torch.autograd.grad((now.exp() * (now - q.log())).sum(), logits, retain_graph=True)
+    ours, = torch.autograd.grad((p * kl_penalty(now, q.log(), "k2")).sum(), logits)
+    assert torch.allclose(ours, expected, atol=1e-6)
 
 
-# --- the whole update --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_rl_backward_equals_reference(model, kind, kl_weight):
-    rows = episodes(1)
-    reference = copy.deepcopy(model)
+# --- the whole update ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("kl, kl_weight", [("k3", 0.0), ("k3", 0.1), ("k2", 0.1)])
+def test_rl_backward_equals_reference(model, monkeypatch, kind, kl, kl_weight):
+    monkeypatch.setitem(LOSSES, kind, OURS[kind])
+    rows, reference = episodes(1), copy.deepcopy(model)
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        for r, start in zip(rows, [0] * len(rows)):                  # near on-policy: sampled log-probabilities + noise
-            logp, _ = reference_logprobs(model, [r])
-            noise, it = np.random.default_rng(len(r.ids)).normal(0, 0.3, len(logp)), iter(logp.tolist())
-            spread = iter(noise.tolist())
-            r.logprobs = [next(it) + next(spread) if m else 0.0 for m in r.mask]
-    adv = advantages([r.reward for r in rows], [r.group_id for r in rows], normalise=kind != "dr_grpo")
+        for row in rows:                                             # near on-policy: the model's own + noise
+            logp, _ = reference_logprobs(model, [row])
+            noise = np.random.default_rng(len(row.ids)).normal(0, 0.3, len(logp))
+            values = iter((logp + torch.tensor(noise)).tolist())
+            row.logprobs = row.logprobs_old = [next(values) if m else 0.0 for m in row.mask]
+    adv = advantages([r.reward for r in rows], [r.group_id for r in rows])
     assert 0 < sum(a != 0 for a in adv)
 
     def plain(m):
         n_tokens, loss = sum(sum(r.mask) for r in rows), 0.0
-        n = normaliser(kind, n_tokens, len(rows), 64)
         for r, a in zip(rows, adv):
             logp, _ = reference_logprobs(m, [r])
             old = torch.tensor([lp for lp, on in zip(r.logprobs, r.mask) if on], dtype=torch.float64)
             ratio = (logp - old).exp() if kind != "gspo" else (logp - old).mean().exp().expand(len(old))
-            if kind == "cispo":
-                term = -(ratio.clamp(max=1.2).detach() * a * logp).sum()
-            else:
-                term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-                term = torch.maximum(term, torch.tensor(3.0 * a)) if kind == "grpo" and a < 0 else term
-                term = -(term.mean() if kind == "gspo" else term.sum())
-            loss = loss + term / n
+            term = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            if kind == "grpo" and a < 0:
+                term = torch.maximum(term, torch.tensor(3.0 * a))
+            loss = loss - (term.mean() / len(rows) if kind == "gspo" else term.sum() / n_tokens)
             if kl_weight:
                 d = reference_logprobs(reference, [r])[0].detach() - logp
-                loss = loss + kl_weight * (d.exp() - d - 1).sum() / n_tokens
+                loss = loss + kl_weight * (d.exp() - d - 1 if kl == "k3" else d * d / 2).sum() / n_tokens
         loss.backward()
         return loss.item()
 
     expected, grads = gradients(model, plain)
-    options = dict(loss=kind, kl_weight=kl_weight, reference=reference, max_tokens=64)
+    options = dict(loss=kind, kl=kl, kl_weight=kl_weight, reference=reference)
     for micro_tokens in (1, 100, 10_000):                            # 8 micro-batches of 1, some of 3, 1 of 8
-        metrics, ours = gradients(model, lambda m: rl_backward(m, rows, adv, micro_tokens=micro_tokens, **options))
+        options["micro_tokens"] = micro_tokens
+        metrics, ours = gradients(model, lambda m: rl_backward(m, rows, adv, **options))
         assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-7)
         assert close(ours, grads)
+
+
+def test_what_a_loss_may_look_at(model, monkeypatch):
+    """A loss of one's own gets the trained tokens of the micro-batch, and the counts of the whole update."""
+    rows, adv, seen = episodes(1), [1.0, -1.0, 0.5, 0.0, 2.0, -0.5, 1.0, -1.0], []
+    monkeypatch.setitem(LOSSES, "looks", lambda t, low, high: seen.append((t, low, high)) or -t.adv * t.logp)
+    rl_backward(model, rows, adv, loss="looks", clip=(0.1, 0.3), micro_tokens=60)
+    assert len(seen) > 1 and sum(len(t.rows) for t, *_ in seen) == 7         # without the row of advantage 0
+    for t, low, high in seen:
+        assert (low, high) == (0.1, 0.3) and (t.n_tokens, t.n_rows) == (sum(sum(r.mask) for r in rows), 8)
+        assert torch.equal(t.ids, at_trained(t.rows, "ids", "cpu"))
+        assert torch.equal(t.logp_old, at_trained(t.rows, "logprobs_old", "cpu"))
+        assert t.adv.tolist() == pytest.approx([adv[rows.index(r)] for r in t.rows for m in r.mask if m])
+        assert torch.equal(t.adv, t.of_rows([adv[rows.index(r)] for r in t.rows]))
+        assert torch.allclose(t.ratio, (t.logp - t.logp_old).clamp(-20, 20).exp())
+        assert t.logp.requires_grad and not t.logp_old.requires_grad
+
+
+def test_p_old_must_be_set_first(model):
+    rows = episodes()
+    rows[3].logprobs_old = None
+    with pytest.raises(AssertionError, match="set_old_logprobs comes first"):
+        rl_backward(model, rows, [1.0] * 8)
 
 
 def test_zero_advantage_rows_are_skipped_but_counted(model):
     rows, seen = episodes(2), []
     adv = [1.0, -1.0] + [0.0] * 6
-    hook = model.get_decoder().register_forward_hook(lambda *a, **k: seen.append(k or a), with_kwargs=True)
+    hook = model.get_decoder().register_forward_hook(lambda *a: seen.append(a), with_kwargs=True)
     metrics, grads = gradients(model, lambda m: rl_backward(m, rows, adv))
     hook.remove()
     assert len(seen) == 1 and metrics["tokens"] == sum(sum(r.mask) for r in rows)
@@ -290,76 +352,109 @@ def test_non_finite_gradient_skips_the_update(model):
     before = copy.deepcopy(m.state_dict())
     sft_backward(m, episodes())
     next(m.parameters()).grad[0, 0] = float("nan")
-    out = optimizer_step(m, optimizer, 1.0)
-    assert out["skipped_updates"] == 1 and all(torch.equal(before[k], v) for k, v in m.state_dict().items())
+    out = optimizer_step(m, optimizer)
+    assert out["skipped_updates"] == 1 and math.isnan(out["grad_norm"])
+    assert all(p.grad is None for p in m.parameters())               # nothing of it is left for the next one
     sft_backward(m, episodes())
-    assert optimizer_step(m, optimizer, 1.0, loss=float("inf"))["skipped_updates"] == 1
+    assert optimizer_step(m, optimizer, float("inf"))["skipped_updates"] == 1
+    assert all(torch.equal(before[k], v) for k, v in m.state_dict().items())
     sft_backward(m, episodes())
-    assert optimizer_step(m, optimizer, 1.0)["skipped_updates"] == 0
+    assert optimizer_step(m, optimizer)["skipped_updates"] == 0
     assert not torch.equal(before["model.norm.weight"], m.state_dict()["model.norm.weight"])
 
 
-# --- the gap between trainer and sampler ---------------------------------------------------------------------------------
-def test_sampler_correction():
-    """Against plain Python in float64; a ratio of e^100 is capped, one of e^-100 is 0, and equal log-probabilities weigh 1."""
-    rng, row = np.random.default_rng(0), torch.tensor([0, 0, 0, 1, 1, 2])
+def test_the_gradient_is_clipped(model):
+    """-> the norm before clipping; the step is the one of the clipped gradient"""
+    for max_norm, scale in ((1.0, 0.1), (100.0, 1.0)):
+        m = torch.nn.Linear(2, 1, bias=False)
+        before = m.weight.detach().clone()
+        m.weight.grad = torch.tensor([[6.0, 8.0]])
+        out = optimizer_step(m, torch.optim.SGD(m.parameters(), lr=1.0), max_norm=max_norm)
+        assert out["grad_norm"] == pytest.approx(10)
+        assert torch.allclose(before - m.weight, scale * torch.tensor([[6.0, 8.0]]), atol=1e-4)
+
+
+# --- p_old, and the gap between trainer and sampler ---------------------------------------------------------
+def own_logprobs(model, row):
+    values = iter(reference_logprobs(model, [row])[0].tolist())
+    return [next(values) if m else 0.0 for m in row.mask]
+
+
+@pytest.mark.parametrize("correction", [0.0, 2.0])
+def test_old_logprobs(model, correction):
+    """p_old: the sampler's numbers where it sampled the row as it is trained, else the trainer's own; with
+    --correction the trainer's own of the policy's rollouts too. The sampler's stay what they are."""
+    rows = episodes()
+    kinds = [("policy", True), ("policy", False), ("truth", False), ("hinted", False), ("hinted", True)]
+    for row, (source, as_sampled) in zip(rows, kinds):
+        row.source, row.as_sampled, row.logprobs_old = source, as_sampled, None
+    before = copy.deepcopy(rows)
+    set_old_logprobs(model, rows, correction, 60)
+    own = [correction > 0, True, True, True, False, *[correction > 0] * 3]
+    for row, old, is_own in zip(rows, before, own):
+        expected = own_logprobs(model, row) if is_own else old.logprobs
+        assert row.logprobs_old == pytest.approx(expected, abs=1e-5) and row.logprobs == old.logprobs
+        assert [x for x, m in zip(row.logprobs_old, row.mask) if not m] == [0.0] * row.mask.count(0)
+
+
+def test_sampler_weight():
+    """Against plain Python in float64; a ratio of e^100 is capped, one of e^-100 is 0, and equal
+    log-probabilities weigh 1."""
+    rng = np.random.default_rng(0)
     old, sampler = (torch.tensor(-rng.random(6) * 3) for _ in range(2))
     old[5], sampler[5] = -0.5, -0.5
     ratio = [math.exp(o - s) for o, s in zip(old.tolist(), sampler.tolist())]
-    product = [math.prod(r for r, k in zip(ratio, row.tolist()) if k == i) for i in row.tolist()]
-    for kind, expected in (("token", ratio), ("sequence", product)):
-        w = sampler_correction(old, sampler, row, 3, kind, 1.5)
-        assert w.tolist() == pytest.approx([min(1.5, x) for x in expected], rel=1e-12) and w[5] == 1
-        assert max(expected) > 1.5 > min(expected)
-    far = sampler_correction(torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0]), torch.tensor([0, 1]), 2, "token", 2.0)
+    w = sampler_weight(old, sampler, 1.5)
+    assert w.tolist() == pytest.approx([min(1.5, x) for x in ratio], rel=1e-12) and w[5] == 1
+    assert max(ratio) > 1.5 > min(ratio)
+    far = sampler_weight(torch.tensor([0.0, -100.0]), torch.tensor([-100.0, 0.0]), 2.0)
     assert far.tolist() == pytest.approx([2, 0], abs=1e-30)
 
 
-@pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_only_the_rows_that_were_asked_for_are_corrected(model, kind):
-    """The gradient of rl_backward = that of the sum written out, row by row, in which a ground-truth row has the weight 1."""
+def test_only_what_the_policy_sampled_is_corrected(model):
+    """The gradient of rl_backward = that of the sum written out, row by row, in which a ground-truth row has
+    the weight 1."""
     data, adv = episodes(), [0.5, -1.0, 1.0, -0.5, 2.0, -2.0, 1.0, -1.0]
     for e in data[::3]:
-        e.source = "truth"
-    recompute_logprobs(model, [e for e in data if e.source == "truth"], corrected=["policy"])
-    recompute_logprobs(model, [e for e in data if e.source == "policy"], corrected=["policy"])
-    assert [e.old is None for e in data] == [e.source == "truth" for e in data]
+        e.source, e.as_sampled = "truth", False
+    set_old_logprobs(model, data, 2.0, 16_384)
 
     def reference(m):
         total, n = 0.0, sum(sum(e.mask) for e in data)
         for e, a in zip(data, adv):
-            logp = reference_logprobs(m, [e])[0]                         # first update: rho = exp(logp - old) = 1, gradient 1
+            logp, _ = reference_logprobs(m, [e])                     # first update: rho = 1, with a gradient
             old = logp.detach()
             sampler = torch.tensor([lp for lp, k in zip(e.logprobs, e.mask) if k], dtype=torch.float64)
-            w = (old - sampler).exp() if kind == "token" else (old - sampler).sum().exp().expand(len(old))
-            w = w.clamp(max=2.0) if e.source == "policy" else torch.ones_like(old)
+            w = (old - sampler).exp().clamp(max=2.0) if e.source == "policy" else torch.ones_like(old)
             total = total - (w * a * (logp - old).exp()).sum() / n
         total.backward()
         return total.item()
     expected, plain = gradients(model, reference)
-    m, ours = gradients(model, lambda m: rl_backward(m, data, adv, correction=kind, cap=2.0, dual_clip=9.0))
-    assert m["loss"] == pytest.approx(expected, rel=1e-4) and close(ours, plain, 1e-4)
-    _, without = gradients(model, lambda m: rl_backward(m, data, adv, dual_clip=9.0))
+    for micro_tokens in (40, 10_000):
+        options = dict(correction=2.0, micro_tokens=micro_tokens)
+        metrics, ours = gradients(model, lambda m: rl_backward(m, data, adv, **options))
+        assert metrics["loss"] == pytest.approx(expected, rel=1e-4) and close(ours, plain, 1e-4)
+    _, without = gradients(model, lambda m: rl_backward(m, data, adv))
     assert not close(without, plain, 1e-2)
 
 
 def test_the_gap_is_that_of_the_sampled_rows(model):
     data = episodes()
     for e in data[:4]:
-        e.source = "truth"                                               # nobody sampled them: their distance says nothing
+        e.as_sampled = False                     # nobody sampled them there: their distance says nothing
     own, _ = reference_logprobs(model, data[4:])
-    gap = (own.detach() - torch.tensor([lp for e in data[4:] for lp, m in zip(e.logprobs, e.mask) if m])).abs()
-    for corrected in ((), ["policy"]):                                   # also where .old hides it from the ratio
-        if corrected:
-            recompute_logprobs(model, data[4:], corrected=corrected)
-        m = rl_backward(model, data, [1.0] * 8, correction="token" if corrected else "none", micro_tokens=40)
+    gap = (own.detach() - at_trained(data[4:], "logprobs", "cpu")).abs()
+    for correction in (0.0, 2.0):                # also where p_old hides it from the ratio
+        set_old_logprobs(model, data, correction, 16_384)
+        m = rl_backward(model, data, [1.0] * 8, correction=correction, micro_tokens=40)
         assert m["gap"] == pytest.approx(gap.mean().item(), rel=1e-5)
         assert m["gap_max"] == pytest.approx(gap.max().item(), rel=1e-5)
 
 
-# --- the pressure that rl_backward measures, and padding under FSDP ----------------------------------------------------------
+# --- the pressure that rl_backward measures, and padding under FSDP -----------------------------------------
 def test_rl_backward_measures_the_pressure(model):
-    """Two rollouts, one message of the second malformed; the same sums by hand, per trained token of ALL rows."""
+    """Two rollouts, one message of the second malformed; the same sums by hand, per trained token of ALL
+    rows."""
     rows, adv = episodes(n=3, groups=1), [1.5, -0.5, 0.0]
     for r in rows:
         for s in r.spans:
@@ -373,7 +468,9 @@ def test_rl_backward_measures_the_pressure(model):
         for s in r.spans:
             for t in range(s.start, s.end) if s.who == "model" else ():
                 hit = r.ids[t] == 3
-                part = ("clean" if s.state == "call" else "malformed") if hit else "others_up" if a > 0 else "others_down"
+                part = "others_up" if a > 0 else "others_down"
+                if hit:
+                    part = "clean" if s.state == "call" else "malformed"
                 want[part] += a * (hit - p[t - 1].item()) if a else 0.0
     n = sum(sum(r.mask) for r in rows)
     assert want["malformed"] < 0
@@ -382,7 +479,8 @@ def test_rl_backward_measures_the_pressure(model):
 
 
 def uneven(rank, folder):
-    """7 rows on rank 0, 1 on rank 1, a KL term: rank 1 has fewer micro-batches and must not hang, nor change the gradient."""
+    """7 rows on rank 0, 1 on rank 1, a KL term: rank 1 has fewer micro-batches and must not hang, nor change
+    the gradient."""
     import torch.distributed as dist
 
     from sft_step import shard
@@ -391,11 +489,12 @@ def uneven(rank, folder):
     model, reference = torch.load(f"{folder}/models.pt", weights_only=False)
     for m in (model, reference):
         shard(m, "cpu", torch.float32)
-    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5, 1.0, -1.0, 0.5, -0.5]
+    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5] * 2
     mine = slice(0, 7) if rank == 0 else slice(7, 8)
+    reference.requires_grad_(False)
     for _ in range(3):
-        rl_backward(model, rows[mine], adv[mine], kl_weight=0.1, reference=reference.requires_grad_(False), micro_tokens=60)
-    grads = {k: 2 * p.grad.full_tensor() for k, p in model.named_parameters()}       # FSDP averages over the two ranks
+        rl_backward(model, rows[mine], adv[mine], kl_weight=0.1, reference=reference, micro_tokens=60)
+    grads = {k: 2 * p.grad.full_tensor() for k, p in model.named_parameters()}   # FSDP: the mean over ranks
     hooks = len(model.get_output_embeddings().weight._backward_hooks or ())
     if rank == 0:
         torch.save((grads, hooks), f"{folder}/grads.pt")
@@ -409,14 +508,16 @@ def test_uneven_ranks_under_fsdp(model, tmp_path):
         for p in reference.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.01)
     torch.save((plain, reference), tmp_path / "models.pt")
-    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5, 1.0, -1.0, 0.5, -0.5]
+    rows, adv = episodes(n=8, groups=2), [1.0, -1.0, 0.5, -0.5] * 2
     for _ in range(3):
         rl_backward(plain, rows, adv, kl_weight=0.1, reference=reference, micro_tokens=60)
     context = torch.multiprocessing.spawn(uneven, args=(str(tmp_path),), nprocs=2, join=False)
     deadline = time.time() + 100
     while not context.join(timeout=1):
         if time.time() > deadline:
-            [p.kill() for p in context.processes]
+            for process in context.processes:
+                process.kill()
             pytest.fail("the ranks wait for each other forever")
     grads, hooks = torch.load(tmp_path / "grads.pt")
-    assert close([grads[k] for k, _ in plain.named_parameters()], [p.grad for p in plain.parameters()]) and hooks <= 1
+    names = [name for name, _ in plain.named_parameters()]
+    assert close([grads[name] for name in names], [p.grad for p in plain.parameters()]) and hooks <= 1

@@ -1,31 +1,34 @@
-"""README's measured tables are recomputed from the raw rows under results/."""
+"""README's measured tables are recomputed from the raw records under results/."""
 import re
 
 import pytest
-import study
 from conftest import ROOT
 
-from analyze_tokens import read_rows
+import study
+import study_tables
+import train
+from analyze_tokens import read_records
 
-TABLES = [found for page in study.PAGES for found in study.MARKED.findall(page.read_text())]
+TABLES = [found for page in study_tables.PAGES for found in study_tables.MARKED.findall(page.read_text())]
 
 
 def test_every_table_stands_on_a_page():
-    assert {name for name, _ in TABLES} == study.TABLES.keys()
+    assert {name for name, _ in TABLES} == study_tables.TABLES.keys()
 
 
 @pytest.mark.parametrize("name, table", TABLES, ids=[t[0] for t in TABLES])
-def test_table_is_what_the_rows_say(name, table):
-    assert study.TABLES[name]() == table
+def test_table_is_what_the_records_say(name, table):
+    assert study_tables.TABLES[name]() == table
 
 
-def test_raw_rows_are_whole_runs():
+def test_raw_records_are_whole_runs():
     """No step is missing, every run was evaluated before and after, and every recipe has seeds 0, 1, ..."""
     seeds = {}
     for path in sorted((ROOT / "results/study").glob("*.csv")):
-        rows = read_rows(path)
-        assert [r["step"] for r in rows] == list(range(len(rows))), path
-        assert all("phase" in r for r in rows[:-1]) and "eval/average" in rows[0] and "eval/average" in rows[-1], path
+        records = read_records(path)
+        assert [r["step"] for r in records] == list(range(len(records))), path
+        assert all("phase" in r for r in records[:-1]), path
+        assert "eval/average" in records[0] and "eval/average" in records[-1], path
         name, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
         seeds.setdefault(name, []).append(int(seed))
     assert seeds and all(found == list(range(len(found))) for found in seeds.values()), seeds
@@ -33,7 +36,6 @@ def test_raw_rows_are_whole_runs():
 
 
 def test_recipes_are_command_lines_that_train_accepts():
-    import train
-    for name, (flags, seeds) in study.RECIPES.items():
-        train.parse_args([*study.COMMON.split(), *flags.split()])
-        assert seeds >= 3, name
+    for name, recipe in study.RECIPES.items():
+        train.parse_args([*study.COMMON.split(), *recipe.flags.split()])
+        assert recipe.seeds >= 3, name

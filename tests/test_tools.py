@@ -4,9 +4,10 @@ import pickle
 import random
 
 import pytest
+from make_base import noisy_script
 
-from tools import (CATEGORIES, DOCS, HELD_OUT, STATES, Env, Task, Turn, demonstration, make_tasks, noisy_demonstration, parse,
-                   write_calls)
+from rollout import STATES, is_clean, parse, truth_script, write_calls
+from tools import CATEGORIES, DOCS, HELD_OUT, Env, Task, Turn, make_tasks
 
 CALL = '<tool_call>\n{"name": "read_file", "arguments": {"name": "plan"}}\n</tool_call>'
 
@@ -20,46 +21,53 @@ def run(env, script):
 
 
 def two_turns(first_calls=True):
-    """A literal task: turn 1 pays bob (or, with first_calls=False, nothing is right), turn 2 asks for the balance."""
+    """A literal task: turn 1 pays bob (or, with first_calls=False, nothing is right), turn 2 asks for the
+    balance."""
     pay = [("pay_money", {"to": "bob", "amount": 5})] if first_calls else []
-    return Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
-        Turn('pay "bob" 5 coins', pay, "Done."), Turn("check the balance", [("check_balance", {})], "It is.")])
+    turns = [Turn('pay "bob" 5 coins', pay, "Done."),
+             Turn("check the balance", [("check_balance", {})], "It is.")]
+    return Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", turns)
 
 
 PAY = write_calls([("pay_money", {"to": "bob", "amount": 5})])
 CHECK = write_calls([("check_balance", {})])
+OTHER = write_calls([("check_nothing", {})])
+READ = ("read_file", {"name": "plan"})
+BAD_JSON = "Error: the call is not valid JSON"
+BAD_CALL = 'Error: a call needs "name" and "arguments"'
 
 
 @pytest.mark.parametrize("text, state, calls", [
-    (CALL, "call", [("read_file", {"name": "plan"})]),
-    ("I will look.\n" + CALL, "call", [("read_file", {"name": "plan"})]),
-    (CALL + "\n" + CALL, "call", [("read_file", {"name": "plan"})] * 2),
-    (CALL + "\nDone.", "polluted", [("read_file", {"name": "plan"})]),           # text after the call
-    (CALL + "\n<tool_call>", "polluted", [("read_file", {"name": "plan"})]),     # dangling tag after the call
-    ("<tool_call>\n" + CALL, "polluted", ["Error: the call is not valid JSON"]),  # the first open tag counts
+    (CALL, "call", [READ]),
+    ("I will look.\n" + CALL, "call", [READ]),
+    (CALL + "\n" + CALL, "call", [READ] * 2),
+    (CALL + "\nDone.", "polluted", [READ]),                          # text after the call
+    (CALL + "\n<tool_call>", "polluted", [READ]),                    # dangling tag after the call
+    ("<tool_call>\n" + CALL, "polluted", [BAD_JSON]),                # the first open tag counts
     ("Done.", "reply", []),
     ("Done.\n<tool_call>", "polluted", []),
     ("Done.<|im_start|>", "polluted", []),
     ("<|endoftext|>", "polluted", []),
     ('{"name": "read_file", "arguments": {"name": "plan"}}', "polluted", []),    # a call without its tags
-    ("[read_file(name='plan')]", "polluted", []),                                # the other syntax
+    ("[read_file(name='plan')]", "polluted", []),                    # the other syntax
     ("<tool_call>", "collapsed", []),
     ("<tool_call>\n<tool_call>\n", "collapsed", []),
-    ("<tool_call>\n</tool_call>", "polluted", ["Error: the call is not valid JSON"]),
-    ("<tool_call>{\"name\": 3, \"arguments\": {}}</tool_call>", "polluted", ['Error: a call needs "name" and "arguments"']),
-    ("<tool_call>{\"name\": \"f\", \"arguments\": {\"x\": NaN}}</tool_call>", "polluted", ["Error: the call is not valid JSON"]),
+    ("<tool_call>\n</tool_call>", "polluted", [BAD_JSON]),
+    ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "polluted", [BAD_CALL]),
+    ('<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>', "polluted", [BAD_JSON]),
     ("", "empty", []),
     (" \n", "empty", []),
 ])
 def test_parse_tags(text, state, calls):
-    assert (parse(text).state, parse(text).calls) == (state, calls)
+    message = parse(text)
+    assert (message.text, message.state, message.calls) == (text, state, calls)
 
 
 @pytest.mark.parametrize("text, state, calls", [
-    ("[read_file(name='plan'), check_balance()]", "call", [("read_file", {"name": "plan"}), ("check_balance", {})]),
+    ("[read_file(name='plan'), check_balance()]", "call", [READ, ("check_balance", {})]),
     ("[pay_money(to='bob', amount=5)]", "call", [("pay_money", {"to": "bob", "amount": 5})]),
     ("Done.", "reply", []),
-    ("[read_file('plan')]", "polluted", []),             # positional arguments name nothing
+    ("[read_file('plan')]", "polluted", []),                         # positional arguments name nothing
     ("[read_file(name=__import__('os'))]", "polluted", []),
     ("[read_file(name='plan')", "polluted", []),
     ("[os.system(a='x')]", "polluted", []),
@@ -70,22 +78,25 @@ def test_parse_tags(text, state, calls):
     ("", "empty", []),
 ])
 def test_parse_brackets(text, state, calls):
-    assert (parse(text, "B").state, parse(text, "B").calls) == (state, calls)
+    message = parse(text, "B")
+    assert (message.text, message.state, message.calls) == (text, state, calls)
 
 
 def test_parse_cut():
     assert parse("Done", ended=False).state == "cut"
     assert parse(CALL, ended=False).state == "cut"
+    assert parse("", ended=False).state == "cut"
 
 
 def test_parse_never_raises():
     """Whatever the text. Deep nesting breaks recursive parsers, thousands of digits break int()."""
     rng = random.Random(0)
-    pieces = ["<tool_call>", "</tool_call>", "<|im_end|>", "{", "}", "[", "]", '"name": ', '"', "f", "(", ")", "=", "'", "\n", "\0",
-              '{"name": "f", "arguments": {}}', "9" * 30, ",", "\\u", "\ud800"]
+    pieces = ["<tool_call>", "</tool_call>", "<|im_end|>", "{", "}", "[", "]", '"name": ', '"', "f", "(", ")",
+              "=", "'", "\n", "\0", '{"name": "f", "arguments": {}}', "9" * 30, ",", "\\u", "\ud800"]
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 30))) for _ in range(3000)]
-    texts += ["[" * 19_000, "[f(x=" + "(" * 5000, "<tool_call>" + "[" * 100_000 + "</tool_call>", "-" * 19_999, "[f(x=" + "9" * 9000 + ")]",
-              '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 9000 + "}}</tool_call>", "<tool_call>" * 20_000]
+    texts += ["[" * 19_000, "[f(x=" + "(" * 5000, "<tool_call>" + "[" * 100_000 + "</tool_call>",
+              "-" * 19_999, "[f(x=" + "9" * 9000 + ")]", "<tool_call>" * 20_000,
+              '<tool_call>{"name": "f", "arguments": {"x": ' + "9" * 9000 + "}}</tool_call>"]
     for text in texts:
         for syntax in "AB":
             assert parse(text, syntax).state in STATES
@@ -95,6 +106,14 @@ def test_write_then_parse():
     calls = [("f", {"a": 'x "quoted"', "n": 3}), ("g", {})]
     for syntax in "AB":
         assert parse(write_calls(calls, syntax), syntax).calls == calls
+    assert write_calls(calls, "B") == "[f(a='x \"quoted\"', n=3), g()]"
+    assert write_calls(calls[1:]) == '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+
+
+def test_is_clean():
+    assert is_clean([]) and is_clean(["call", "reply", "call"])
+    for state in ("polluted", "collapsed", "empty", "cut"):
+        assert not is_clean(["call", state])
 
 
 def test_ground_truth_passes_everywhere():
@@ -104,14 +123,23 @@ def test_ground_truth_passes_everywhere():
                 assert 1 <= len(task.turns) <= 4
                 for syntax in "AB":
                     for closing in ("lenient", "strict"):
-                        env = Env(task, syntax, closing)
-                        for texts in demonstration(task, syntax):
+                        env = task.env(syntax, closing)
+                        for texts in truth_script(task, syntax):
                             run(env, texts)
-                        assert env.grade().reward == 1 and env.status == "finished"
+                        assert env.grade() == 1 and env.status == "finished" and env.failed_turn is None
+
+
+def test_truth_script():
+    """One call per message, then the reply: what the demonstrations say, turn by turn."""
+    assert truth_script(two_turns()) == [[PAY, "Done."], [CHECK, "It is."]]
+    assert truth_script(two_turns(first_calls=False), "B") == [["Done."], ["[check_balance()]", "It is."]]
+    two_calls = Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
+        Turn("do both", [("pay_money", {"to": "bob", "amount": 5}), ("check_balance", {})], "It is.")])
+    assert truth_script(two_calls) == [[PAY, CHECK, "It is."]]
 
 
 def test_tasks_are_deterministic_and_disjoint():
-    said = lambda tasks: {" / ".join(turn.user for turn in task.turns) for task in tasks}
+    said = lambda tasks: {" / ".join([turn.user for turn in task.turns]) for task in tasks}
     for category in CATEGORIES:
         train, test = make_tasks("train", category, 300, seed=3), make_tasks("test", category, 300)
         assert not said(train) & said(test)
@@ -129,8 +157,9 @@ def test_categories():
     for task in make_tasks("test", "miss_func", 50):
         k = next(i for i, turn in enumerate(task.turns) if turn.reveal)
         assert task.turns[k - 1].calls == [] and set(task.turns[k].reveal).isdisjoint(task.docs)
-        env = Env(task)                                  # the withheld tool does not exist before its turn
-        assert "there is no tool" in env.step(parse(write_calls(task.turns[k].calls)))
+        call = parse(write_calls(task.turns[k].calls))
+        assert "there is no tool" in Env(task).step(call)            # the withheld tool does not exist
+        assert "there is no tool" not in Env(task, hide=False).step(call)        # before its turn
     for task in make_tasks("test", "miss_param", 50):
         assert sum(not turn.calls for turn in task.turns) == 1
     padded, plain = make_tasks("test", "long_context", 1)[0], make_tasks("test", "base", 1)[0]
@@ -142,11 +171,13 @@ def test_grading():
     def grade(script, closing="lenient", **kw):
         env = Env(two_turns(**kw), closing=closing)
         run(env, script)
-        return env.grade().reward, env.grade().failed_turn, env.status
+        return env.grade(), env.failed_turn, env.status
     assert grade([PAY, "Done.", CHECK, "ok"]) == (1, None, "finished")
     assert grade([PAY, PAY, "Done.", CHECK, "ok"]) == (0, 0, "finished")         # wrong state
     assert grade([CHECK, PAY, "Done.", "ok"]) == (0, 1, "finished")              # no call in turn 2
     assert grade([PAY, "Done.", PAY, "ok"]) == (0, 1, "finished")
+    assert grade([PAY, "Done.", OTHER, "ok"]) == (0, 1, "finished")              # the result is missing
+    assert grade([PAY, CHECK, "Done.", OTHER, "ok"]) == (1, None, "finished")    # it came in an earlier turn
     assert grade(["", ""]) == (0, 0, "finished")
     assert grade([PAY, "Done.", CHECK]) == (0, None, None)                       # never closed
     # extra read-only calls are free; several calls may share a message
@@ -154,18 +185,19 @@ def test_grading():
 
 
 def test_closing_rule_is_the_only_difference():
-    """Lenient: a dangling open tag is worth as much as a reply. Strict: it fails. This is the loophole under study."""
+    """Lenient: a dangling open tag is worth as much as a reply. Strict: it fails. This is the loophole under
+    study."""
     for bad in ("<tool_call>", "", "Done.\n<tool_call>"):
         lenient, strict = Env(two_turns()), Env(two_turns(), closing="strict")
         run(lenient, [PAY, bad, CHECK, bad])
-        assert lenient.grade().reward == 1
+        assert lenient.grade() == 1
         run(strict, [PAY, bad])
-        assert (strict.status, strict.grade().reward, strict.grade().failed_turn) == ("format_error", 0, 0)
+        assert (strict.status, strict.grade(), strict.failed_turn) == ("format_error", 0, 0)
     # a call where none is right
     for closing, reward in (("lenient", 1), ("strict", 0)):
         env = Env(two_turns(first_calls=False), closing=closing)
         run(env, [CHECK, "no", CHECK, "ok"])
-        assert env.grade().reward == reward
+        assert env.grade() == reward
 
 
 def test_state_persists_and_branches():
@@ -178,23 +210,34 @@ def test_state_persists_and_branches():
     for other in (branch, stored):
         assert other.turn == 0
         run(other, ["Done.", CHECK, "ok"])
-        assert other.grade().reward == 1
+        assert other.grade() == 1
 
 
 def test_hostile_calls_are_observations():
     env = Env(two_turns())
-    for name, args in [("__init__", {"rng": 0}), ("balance", {}), ("pay_money", {}), ("pay_money", {"to": [], "amount": "x"}),
-                       ("pay_money", {"to": {}, "amount": 1e999}), ("nothing", {}), ("read_file", {"name": "plan"})]:
+    for name, args in [("__init__", {"rng": 0}), ("balance", {}), ("pay_money", {}),
+                       ("pay_money", {"to": [], "amount": "x"}), ("pay_money", {"to": {}, "amount": 1e999}),
+                       ("nothing", {}), READ]:
         assert "\nError: " in env.step(parse(write_calls([(name, args)])))
     assert vars(env.apps["bank"]) == vars(env.truth["bank"])
 
 
-def test_noisy_demonstrations():
+def test_noisy_scripts():
+    """Without noise they are the ground truth; with noise the calls are wrong, or the messages malformed."""
     rng = random.Random(0)
     tasks = make_tasks("train", "base", 200)
     for syntax in "AB":
-        clean = [noisy_demonstration(t, syntax, rng, 0, 0) for t in tasks]
-        assert clean == [demonstration(t, syntax) for t in tasks]
-        spoiled = [m for t in tasks for turn in noisy_demonstration(t, syntax, rng, 0, 1) for m in turn]
-        states = [parse(m, syntax).state for m in spoiled]
+        truth = [truth_script(task, syntax) for task in tasks]
+        assert [noisy_script(task, syntax, rng, 0, 0) for task in tasks] == truth
+        states = []
+        for task in tasks:
+            for messages in noisy_script(task, syntax, rng, 0, 1):
+                states += [parse(message, syntax).state for message in messages]
         assert sum(s in ("polluted", "collapsed", "empty") for s in states) > 0.9 * len(states)
+        rewards = []
+        for task in tasks:
+            env = task.env(syntax)
+            for messages in noisy_script(task, syntax, rng, 1, 0):
+                run(env, messages)
+            rewards.append(env.grade())
+        assert env.status == "finished" and sum(rewards) < 0.2 * len(rewards)

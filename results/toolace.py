@@ -1,0 +1,104 @@
+"""results/toolace.py -- ToolACE's dialogues, as train.py --signal sft --sft_file FILE reads them.
+
+    python results/toolace.py toolace.json > dialogues.jsonl             its calls written as <tool_call> JSON
+    python results/toolace.py toolace.json --syntax B --out dialogues.jsonl              ... as [f(a='x')]
+
+In:   a JSON list, or JSON lines, of {"system": 'Here is ... [{"name": "f", ...}]. ...', "conversations":
+      [{"from": "user", "value": "Trends?"}, {"from": "assistant", "value": '[f(kind="x")]'}, ...]}
+Out:  JSON lines of {"messages": [{"role": "system", "content": ...}, {"role": "user", "content": ...}, ...]},
+      with the system message and the calls of the chosen syntax
+
+How many entries could not be read is said on stderr.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rollout import bracket_calls, is_clean, parse, write_calls  # noqa: E402
+from tools import UserError, openai_doc, tool_system  # noqa: E402
+
+
+def read_toolace(path, syntax="A"):
+    """-> the dialogues, each a list of messages, and how many entries could not be read"""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            entries = json.loads(text)
+        else:
+            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it must be ToolACE's JSON file.") from error
+    dialogues = [toolace_dialogue(entry, syntax) for entry in entries]
+    readable = [messages for messages in dialogues if messages]
+    return readable, len(dialogues) - len(readable)
+
+
+def toolace_dialogue(entry, syntax):
+    """-> [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", ...}, ...], or None if it
+    cannot be read"""
+    try:
+        start = re.search(r'\[\s*\{\s*"', entry["system"]).start()   # the list of tools within the message
+        docs, _ = json.JSONDecoder().raw_decode(entry["system"], start)
+        names = sorted((doc["name"] for doc in docs), key=len, reverse=True)
+        shown = [json.dumps(openai_doc(doc), ensure_ascii=False) for doc in docs]
+        messages = [{"role": "system", "content": tool_system(shown, syntax)}]
+        for turn in entry["conversations"]:
+            who, text = turn["from"], turn["value"]
+            if who == "assistant":
+                text = text.strip()
+                if text.startswith("["):
+                    text = write_calls(toolace_calls(text, names), syntax)
+                if syntax == "A" and not is_clean([parse(text).state]):      # in B "Market Trends()" is none
+                    return None
+            elif who == "tool":
+                text = f"<tool_response>\n{text}\n</tool_response>"
+            messages.append({"role": "assistant" if who == "assistant" else "user", "content": text})
+    except (ValueError, TypeError, KeyError, AttributeError):        # tools or calls that are none
+        return None
+    if messages[-1]["role"] == "user":
+        messages.pop()                           # it has no answer to learn
+    alternating = ["user" if i % 2 else "assistant" for i in range(1, len(messages))]
+    return messages if len(messages) > 2 and [m["role"] for m in messages[1:]] == alternating else None
+
+
+def toolace_calls(text, names):
+    """'[Market Trends(kind="x")]' -> [("Market Trends", {"kind": "x"})]; ValueError if it is not that. Such
+    names are no Python, so each one is replaced by an identifier before parsing, the longest first, because
+    one may end like another."""
+    for i, name in enumerate(names):
+        text = text.replace(f"{name}(", f"tool_{i}_(")
+    calls = bracket_calls(text)
+    known = calls is not None and all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls)
+    if not known or re.search(r"tool_\d+_\(", str([args for _, args in calls])):     # replaced inside a value
+        raise ValueError(f"not a list of calls: {text[:80]}")
+    return [(names[int(name[5:-1])], args) for name, args in calls]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="ToolACE's dialogues -> what train.py --sft_file reads.")
+    p.add_argument("file", help="ToolACE's JSON file")
+    p.add_argument("--syntax", choices=("A", "B"), default="A", help="of the calls; default A")
+    p.add_argument("--out", metavar="FILE", help="write there, not to stdout")
+    args = p.parse_args(argv)
+    try:
+        dialogues, unreadable = read_toolace(args.file, args.syntax)
+    except UserError as error:
+        print(f"toolace.py: error: {error}", file=sys.stderr)
+        return 2
+    text = "".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues)
+    if args.out:
+        Path(args.out).write_text(text)
+    else:
+        sys.stdout.write(text)
+    print(f"{args.file}: {len(dialogues)} dialogues; left out: {unreadable} that cannot be read",
+          file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
