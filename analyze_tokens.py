@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import STATES, Chat, Limits, demonstrate, is_clean
-from sft_step import micro_batches, padded, token_logprobs, trunk
+from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
 from tools import TRAIN_CATEGORIES, UserError, make_tasks
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,10 +52,39 @@ def read_records(out):
     return records
 
 
+def log_line(path, record):
+    if rank() == 0:
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
+        with open(path, "a") as f:
+            f.write(json.dumps(rounded) + "\n")
+
+
 def parse_cells(record):
     """{"step": "3", "reward": "0.5", "lr": "", "phase": "rl"} -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
     kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
     return {name: kind(name, text)(text) for name, text in record.items() if text}
+
+
+def newest_checkpoint(out):
+    """runs/x -> runs/x/checkpoints/step-50, verified file by file"""
+    folder = Path(out) / "checkpoints"
+    path = folder / (folder / "latest").read_text().strip()
+    advice = f"point {folder / 'latest'} to an older step-N folder."
+    if not (path / "MANIFEST.json").exists():
+        raise UserError(f"the checkpoint {path} is missing; {advice}")
+    for name, (size, crc) in json.loads((path / "MANIFEST.json").read_text()).items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != size or checksum(file) != crc:
+            raise UserError(f"the checkpoint file {file} is damaged; {advice}")
+    return path
+
+
+def checksum(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def smooth(records, name, window=5):
@@ -69,7 +99,7 @@ def smooth(records, name, window=5):
 #    is a slot, and each control token is right in ONE kind of slot:
 #      call     the first token of a message that should be a call    right: <tool_call>
 #      text     the first token of a message that should be text      <tool_call> here is the paper's spike
-#      open     right after <tool_call>                               the end token here is the collapsed message
+#      open     right after <tool_call>                              the end token here: the collapsed message
 #      in_call  inside a call      in_text  inside a text
 #      close    where a call should close                             right: </tool_call>
 #      last     where the message should end                          right: the end token
@@ -138,23 +168,22 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
       p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (the
                         second factor is measured in places for a call: no ground truth has a tag in one for
                         text)
-      p/calls_exact     share of ground-truth calls whose every token is the model's first choice: can it still use
-                        tools? (The first token is given: calling at all is p/open|call.)
+      p/calls_exact     share of ground-truth calls whose every token is the model's first choice: can it
+                        still use tools? (The first token is given: calling at all is p/open|call.)
       p/log_likelihood  mean log p of the ground truth
-      p/moved           mean |log p - log p_start|; start: truth_logprobs of the model that the run started from"""
+      p/moved           mean |log p - log p_start|; start: truth_logprobs of the model at the run's start"""
     model.eval()
     classes, total, exact, log_likelihood = classes or token_classes(chat), {}, {}, []
-    numbered = list(enumerate(rows))
-    for batch in micro_batches(numbered, micro_tokens, length=lambda pair: len(pair[1].ids)):
-        ids = padded([row.ids for _, row in batch], model.device)                                    # [B, T]
-        hidden = trunk(model, ids)               # [B, T, D]
-        where, lines = [], []                    # the places, and the line of the batch that each stands in
-        for line, (number, row) in enumerate(batch):
+    for batch in micro_batches(rows, micro_tokens):
+        layout = Layout(batch, model.device)
+        hidden, where, lines = trunk(model, layout)[0], [], []       # [T, D]
+        for number, row in enumerate(batch):
             found = places(chat, row, number)
             where += found
-            lines += [line] * len(found)
-        h = hidden[lines, [place.position - 1 for place in where]]                                   # [N, D]
-        target = ids[lines, [place.position for place in where]]                                     # [N]
+            lines += [layout.place[number][place.position - 1] for place in found]
+        h = hidden[lines]                                                                            # [N, D]
+        target = [batch[place.row].ids[place.position] for place in where]
+        target = torch.tensor(target, device=h.device)                                               # [N]
         first_choice, p = [], []
         for part, wanted in zip(h.split(chunk), target.split(chunk)):
             logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                # [n, V]
@@ -165,11 +194,11 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
             named = dict(zip(classes, values)) | {"content": 1 - sum(values)}
             for name, value in named.items():
                 total.setdefault(f"p/{name}|{place.slot}", []).append(value)
-                if name in RIGHT and rows[place.row].ids[place.position] not in classes[name]:
+                if name in RIGHT and batch[place.row].ids[place.position] not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
             if place.call is not None:
                 begins = place.slot == "call"
-                call = (place.row, place.call)
+                call = (id(batch[place.row]), place.call)
                 exact[call] = begins or (exact[call] and is_first)
     metrics = {name: mean(total[name]) for name in PROBED if name in total}      # syntax B lacks two slots
     if start:
@@ -281,9 +310,9 @@ def one_line(record):
 
 def table(columns):
     """{"before": {"base": .1}, "after": {"base": .3}} -> a text table, one line per score"""
-    lines = [" " * 18 + "".join(f"{c:>10s}" for c in columns)]
+    lines = [" " * 20 + "".join(f"{c:>10s}" for c in columns)]
     for name in next(iter(columns.values())):
-        lines.append(f"{name:18s}" + "".join(f"{100 * column[name]:9.1f}%" for column in columns.values()))
+        lines.append(f"{name:20s}" + "".join(f"{100 * column[name]:9.1f}%" for column in columns.values()))
     return "\n".join(lines)
 
 
@@ -303,8 +332,8 @@ def summary(out):
         text.append(f"What the messages became: {shift}.")
         if not found:
             _, reward = smooth(records, "reward")
-            text.append(f"The task reward does not see it (last 5 steps: {reward[-1]:.2f}): with --closing lenient "
-                        "any message without a complete call ends the turn.")
+            text.append(f"The task reward does not see it (last 5 steps: {reward[-1]:.2f}): with --closing "
+                        "lenient any message without a complete call ends the turn.")
     elif any("reward" in r for r in records):
         text.append("\nNo collapse: neither reward nor clean reward fell below a tenth of its peak for good.")
     if skipped := sum(r.get("skipped_updates", 0) for r in records):
@@ -347,7 +376,7 @@ def load(path):
     if path == run:
         if not (path / "checkpoints" / "latest").exists():
             raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
-        path = path / "checkpoints" / (path / "checkpoints" / "latest").read_text().strip()
+        path = newest_checkpoint(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         chat = Chat(AutoTokenizer.from_pretrained(path))
@@ -375,6 +404,27 @@ def probe_text(path, n_tasks=30):
     return "\n".join(lines)
 
 
+def transcript(chat, episode):
+    """For reading: a paragraph per span, the model's with state: 'model[call]  <tool_call>...<|im_end|>' """
+    lines = []
+    for s in episode.spans:
+        state = f"[{s.state}]" if s.state else ""
+        lines.append(f"{s.who}{state}  {chat.text(episode.ids[s.start:s.end])}")
+    return "\n".join(lines)
+
+
+def record_episodes(path, step, chat, episodes):
+    """Of a step's Episodes keep what one wants to read: the best, the worst, and one with a malformed
+    message"""
+    by_reward = sorted(episodes, key=lambda e: e.reward)
+    malformed = [e for e in episodes if not is_clean(e.states)]
+    for e in {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}.values():
+        log_line(path, {
+            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "reward": e.reward,
+            "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
+            "text": transcript(chat, e)})
+
+
 def pages(out, count=8):
     """Conversations of the run from first to last, as Markdown: every time the most malformed one that was
     kept of its step."""
@@ -388,17 +438,18 @@ def pages(out, count=8):
     for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
         e = worst[step]
         said = "\n".join(line for line in e["text"].splitlines() if line.strip())
-        text.append(f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {', '.join(e['states'])}")
+        states = ", ".join(e["states"])
+        text.append(f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {states}")
         text.append(f"```\n{said}\n```")
     return "\n\n".join(text)
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What happened in these runs? Scores, states over time, verdict; or:")
+    p = argparse.ArgumentParser(description="What happened in these runs? Scores, states over time, verdict.")
     p.add_argument("runs", nargs="+", help="run folders, or their records (metrics.jsonl, .csv)")
-    p.add_argument("--transcripts", action="store_true", help="conversations from healthy to collapsed, as Markdown")
-    p.add_argument("--probe", action="store_true", help="control-token probabilities by slot, of run folders' newest "
-                   "checkpoints or of any Hugging Face folder whose tokenizer has <tool_call>")
+    p.add_argument("--transcripts", action="store_true", help="conversations from first to last, as Markdown")
+    p.add_argument("--probe", action="store_true", help="control-token probabilities by slot, of runs' "
+                   "newest checkpoints or of any Hugging Face folder whose tokenizer has <tool_call>")
     args, status = p.parse_args(argv), 0
     for out in args.runs:
         try:

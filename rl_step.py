@@ -38,7 +38,7 @@ def assign_credit(episodes, kind, seed, step):
       task      the episode's reward
       format    the same, + 0.5 if every message is clean
       random    a coin that shows 1 in 5 times
-      shuffled  the group's own rewards, dealt out anew: as many mixed groups, as large advantages, nothing to learn"""
+      shuffled  the group's own rewards, dealt out anew: as large advantages, but nothing to learn"""
     if kind == "random":
         coins = [random.Random(f"{seed} {step} {e.group_id} {e.sample}").random() for e in episodes]
         return [float(coin < 0.2) for coin in coins]
@@ -106,7 +106,7 @@ DUAL_CLIP = 3.0
 def grpo(t, low, high):
     """The paper's: PPO's clip, and a dual clip: for A < 0 and rho >> 1 the product rho A is unbounded, so it
     is capped
-    at DUAL_CLIP A.   -> loss per token [N]; the caller sums and divides by n_tokens: all tokens weigh the same"""
+    at DUAL_CLIP A.   -> loss per token [N]; the caller sums and divides by n_tokens: tokens weigh the same"""
     objective = clipped(t.ratio, t.adv, low, high)
     return -torch.where(t.adv < 0, torch.max(objective, DUAL_CLIP * t.adv), objective)
 
@@ -175,17 +175,17 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     {"open": id, "end": id}, whose pressure is measured. correction: cap of sampler_weight, 0 = none."""
     device, watch = model.device, watch or {}
     n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
-    pairs = [(row, a) for row, a in zip(rows, adv, strict=True) if a != 0.0 or kl_weight > 0]
-    batches = micro_batches(pairs, micro_tokens, length=lambda pair: len(pair[0].ids))
-    sums = dict.fromkeys(("loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled"), 0.0)
+    adv_of = {id(row): a for row, a in zip(rows, adv, strict=True)}
+    batches = micro_batches([row for row in rows if adv_of[id(row)] != 0.0 or kl_weight > 0], micro_tokens)
+    names = ("loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled")
+    sums = dict.fromkeys(names, 0.0)
     push, gap_max = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64), 0.0
     for batch in in_step(batches, model, reference):
-        batch_rows, batch_adv = [row for row, _ in batch], [a for _, a in batch]
-        scored = token_logprobs(model, batch_rows, watch=watch.values())
-        t = make_tokens(batch_rows, batch_adv, scored, n_tokens, n_rows, masked_ids)
+        scored = token_logprobs(model, batch, watch=watch.values())
+        t = make_tokens(batch, [adv_of[id(row)] for row in batch], scored, n_tokens, n_rows, masked_ids)
         # Rows that nobody sampled as they are trained have no sampler: p_old stands in for it.
-        as_sampled = t.of_rows([row.as_sampled for row in batch_rows])  # [N] bool
-        sampler = torch.where(as_sampled, at_trained(batch_rows, "logprobs", device), t.logp_old)    # [N]
+        as_sampled = t.of_rows([row.as_sampled for row in batch])  # [N] bool
+        sampler = torch.where(as_sampled, at_trained(batch, "logprobs", device), t.logp_old)    # [N]
         if signal_ratio:
             t.ratio = signal_ratio(t)
         loss_t = LOSSES[loss](t, *clip)                                                              # [N]
@@ -195,7 +195,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
         kl_t = torch.zeros_like(t.logp)
         if kl_weight > 0:
             with torch.no_grad():
-                ref = token_logprobs(reference, batch_rows).logp                                     # [N]
+                ref = token_logprobs(reference, batch).logp                                     # [N]
             kl_t = kl_penalty(t.logp, ref, kl)
             total = total + kl_weight * kl_t.sum() / n_tokens
         total.backward()
@@ -210,7 +210,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
             for name, value in found.items():
                 sums[name] += value.item()
             if watch:
-                push += pressure(t.adv, scored.watched, t.ids, in_malformed(batch_rows, device),
+                push += pressure(t.adv, scored.watched, t.ids, in_malformed(batch, device),
                                  list(watch.values())).double().cpu()
     sums = dict(zip(sums, over_ranks(list(sums.values()))))
     pushes = over_ranks(push.flatten().tolist())
@@ -275,9 +275,10 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
         mine = [i for i, e in enumerate(episodes) if mini_batch(e, args) == u]
         metrics = rl_backward(
             model, [episodes[i] for i in mine], [adv[i] for i in mine],
-            loss=args.loss, clip=(args.clip_low, args.clip_high), signal_ratio=signal.ratio, masked_ids=masked_ids,
-            kl=args.kl, kl_weight=args.kl_weight, reference=reference, correction=args.correction,
-            watch={"open": chat.open_id, "end": chat.end_id}, micro_tokens=args.micro_tokens)
+            loss=args.loss, clip=(args.clip_low, args.clip_high), signal_ratio=signal.ratio,
+            masked_ids=masked_ids, kl=args.kl, kl_weight=args.kl_weight, reference=reference,
+            correction=args.correction, micro_tokens=args.micro_tokens,
+            watch={"open": chat.open_id, "end": chat.end_id})
         if rows:
             some = shuffled_passes(rows, position + u * args.sft_batch, args.sft_batch, f"{args.seed} rows")
             metrics |= sft_backward(model, my_share(some), args.sft_weight, args.micro_tokens)

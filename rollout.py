@@ -1,16 +1,11 @@
 """rollout.py -- what a message is, text <-> ids, the sampler, and the multi-turn loop. Floor 1.
 
-    1. Message   `parse`: is it a call, a reply, polluted, collapsed, empty or cut? And its calls
-    2. Episode   what every later stage trains on: ids, mask, log-probabilities, spans, reward
-    3. Chat      the only code that turns text into ids and back
-    4. HFEngine, VLLMEngine    batched sampling; the KV cache is kept between the turns of a conversation
-    5. rollout   all conversations of a batch advance together; `play` is the same with scripted messages
-
 The one rule: ids are only ever APPENDED. What was sampled is what is trained; no message is decoded, edited
-and encoded again. (The paper's release does re-encode, and so trains end tokens that the model never sampled:
-`reencoded`.) """
+and encoded again. (The paper's release does that, and trains end tokens that nobody sampled: `reencoded`.)
+"""
 import ast
 import copy
+import itertools
 import json
 import os
 import re
@@ -22,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jinja2 import TemplateError
+from torch.nn.functional import scaled_dot_product_attention
 
+from sft_step import causal, trunk
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,13 +41,10 @@ OPENING = {"A": re.compile(r"\s*"), "B": re.compile(r"\s*\[?\s*")}   # what may 
 @dataclass
 class Message:
     """parse('<tool_call>\\n{"name": "read_file", "arguments": {"name": "plan"}}\\n</tool_call>')
-    -> Message(text=..., state="call", calls=[("read_file", {"name": "plan"})])
-
-    A block whose body cannot be read stands in `calls` as an error string, which becomes its tool
-    response."""
+    -> Message(text=..., state="call", calls=[("read_file", {"name": "plan"})])"""
     text: str
     state: str
-    calls: list = field(default_factory=list)    # [(name, {argument: value}) | "Error: ..."]
+    calls: list = field(default_factory=list)  # [(name, arguments) | "Error: ...", which the model will read]
 
 
 def parse(text, syntax="A", ended=True):
@@ -78,13 +72,10 @@ def is_clean(states):
 
 
 def read_tags(text):
-    """Syntax A. 'I look.\\n<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    -> calls [("f", {})], outside "I look.\\n", in_order True: all blocks readable, only white space behind
-    the first
-
-    (It walks from tag to tag: a regex with .*? would take quadratic time on a message full of open tags.)"""
+    """Syntax A. 'I look.\\n<tool_call>{"name": "f", "arguments": {}}</tool_call>' -> calls [("f", {})],
+    outside "I look.\\n", in_order True: all blocks readable, only white space behind the first"""
     calls, outside, position = [], [], 0
-    while True:
+    while True:  # a regex with .*? would take quadratic time on many open tags
         start = text.find(OPEN, position)
         end = text.find(CLOSE, start) if start >= 0 else -1
         if end < 0:
@@ -115,9 +106,7 @@ def read_brackets(text):
     """Syntax B: a message is one list of calls, or text. "[f(a='x')]" -> calls [("f", {"a": "x"})], "", True
     "Done." -> [], outside "Done.", True      "[f(a=" -> [], "[f(a=", in_order False: it begins like calls"""
     calls = bracket_calls(text)
-    if calls is not None:
-        return calls, "", True
-    return [], text, not text.strip().startswith("[")
+    return (calls, "", True) if calls is not None else ([], text, not text.strip().startswith("["))
 
 
 def bracket_calls(text):
@@ -173,11 +162,11 @@ class Span:
 class Episode:
     """One conversation, as tokens.
 
-               <|im_start|>user read .. assistant  <tool_call> .. <|im_end|>  \\n .. result ..  Done  .  <|im_end|>
-      ids      [1,         44,  87, .. 45,         3,          .. 2,          9, ..            61,  30,  2]
-      mask     [0,          0,   0, ..  0,         1,          .. 1,          0, ..             1,   1,  1]
-      logprobs [0,          0,   0, ..  0,         -.1,        .. -.01,       0, ..           -.3, -.1, -.02]
-      spans    [prompt                   ]         [model, "call"         ]   [tool        ]  [model, "reply"]
+               <|im_start|>user read .. assistant <tool_call> .. <|im_end|> \\n .. result  Done  . <|im_end|>
+      ids      [1,         44,  87, .. 45,        3,          .. 2,          9, ..            61,  30,  2]
+      mask     [0,          0,   0, ..  0,        1,          .. 1,          0, ..             1,   1,  1]
+      logprobs [0,          0,   0, ..  0,        -.1,        .. -.01,       0, ..           -.3, -.1, -.02]
+      spans    [prompt                   ]        [model, "call"         ]   [tool        ]  [model, "reply"]
 
     mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing ids: the
     end token that the model sampled is inside, one that the code had to add is not."""
@@ -207,13 +196,12 @@ class Episode:
 
     @property
     def states(self):
-        """["call", "call", "reply"]"""
         return [span.state for span in self.spans if span.who == "model"]
 
     def rewritten(self, new_ids):
         """The same episode with other ids: new_ids(span) -> the span's new ids, or None where it stays as it
         is"""
-        new = replace(self, ids=[], mask=[], logprobs=[], spans=[], as_sampled=False)
+        new = replace(self, ids=[], mask=[], logprobs=[], spans=[], as_sampled=False, logprobs_old=None)
         for s in self.spans:
             ids = new_ids(s)
             kept = (self.ids[s.start:s.end], self.logprobs[s.start:s.end])
@@ -224,7 +212,6 @@ class Episode:
 
 @dataclass
 class Limits:
-    """Each limit ends the episode with a status of its own."""
     steps: int = 30                              # model messages per episode        -> step_limit
     message: int = 2048                          # tokens per model message          -> message_limit
     total: int = 16384                           # tokens per episode                -> length_limit
@@ -236,8 +223,8 @@ class Limits:
 
 
 # Templates that only ever append, by name (--chat_template). Qwen3's own drops the thinking of earlier
-# messages; without thinking, what it samples behind is an EMPTY think block, which must then stand before
-# every assistant message of the history too, else the model is trained in contexts that it never sampled in.
+# messages; without thinking, it samples behind an EMPTY think block, which must then stand before every
+# assistant message of the history too, else the model is trained in contexts that it never sampled in.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
           "{% if m['role'] == 'assistant' %}THINK{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\nTHINK{% endif %}")
@@ -264,25 +251,25 @@ class Chat:
             raise UserError(f"{name} has no chat template; pass one with --chat_template FILE.")
         for token in (OPEN, CLOSE):
             if len(self._encode(token)) != 1:
-                raise UserError(f"{token} is not one token of {name}, so its probability cannot be watched; use "
-                                "a model whose tokenizer has it, such as Qwen2.5.")
+                raise UserError(f"{token} is not one token of {name}, so its probability cannot be watched; "
+                                "use a model whose tokenizer has it, such as Qwen2.5.")
         self.open_id, self.close_id = self._encode(OPEN)[0], self._encode(CLOSE)[0]
         # A reply with a think block in it: templates that strip thinking from the history betray themselves
         # here.
-        said, user, user2 = "<think>\nA\n</think>\n\nB", "USER TURN ONE", "USER TURN TWO"
-        talk = [{"role": "system", "content": "S"}, {"role": "user", "content": user}]
+        said, user2 = "<think>\nA\n</think>\n\nB", "USER TURN TWO"
+        talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "USER TURN ONE"}]
         try:
             short = self._render(talk) + said
         except TemplateError as error:  # it refuses the role "system", or needs a token that is not there
-            raise UserError(f"the chat template of {name} cannot render a system and a user message ({error}); "
-                            "pass one that can with --chat_template FILE.") from error
+            raise UserError(f"the chat template of {name} cannot render a system and a user message "
+                            f"({error}); pass one that can with --chat_template FILE.") from error
         answered = [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
         longer = self._render(talk + answered)
         if not (longer.startswith(short) and longer.count(user2) == 1
                 and self._render(talk + answered + answered) == longer + said + longer[len(short):]):
-            raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops their "
-                            "thinking, or adds what was not there when they were sampled), so sampled and "
-                            "trained tokens would differ; pass a template that only ever appends with "
+            raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops "
+                            "their thinking, or adds what was not sampled), so sampled and trained tokens "
+                            "would differ; pass a template that only ever appends with "
                             "--chat_template FILE (for Qwen3: --chat_template qwen3-no-think).")
         before, after = longer[len(short):].split(user2)
         head, self.foot = self._encode(before), self._encode(after)
@@ -290,15 +277,14 @@ class Chat:
         self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
         end = tokenizer.decode([self.end_id])
         if not before.startswith(end) or self.end_id not in tokenizer.get_added_vocab().values():
-            raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; pass "
-                            "a template whose messages end with one (<|im_end|>) with --chat_template FILE.")
+            raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; "
+                            "pass a template whose messages end with one with --chat_template FILE.")
 
     def _render(self, messages):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _encode(self, text, data=False):
-        # data=True: text from tools and users. A "<|im_end|>" inside it is spelled out in ordinary tokens:
-        # data must never be able to close a message.
+        """data: text of tools and users, in which a "<|im_end|>" is spelled out: it never ends a message"""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=data)["input_ids"]
 
     def prompt(self, messages):
@@ -324,11 +310,13 @@ class Chat:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. The samplers. HFEngine samples from the trained model itself, VLLMEngine from a copy of it. Both have:
-#      load(model)                       sample from this model's weights from now on; wakes the engine
-#      sleep()                           give the memory to the trainer, until the next load
-#      reset()                           forget all conversations
-#      generate(requests, temperature)   -> [(ids, logprobs)], one per request
+# 4. The samplers: streams. A conversation goes on as soon as its own message has ended; nobody waits for the
+#    longest. HFEngine samples from the trained model itself, VLLMEngine from a copy of it. Both have:
+#      load(model)          sample from this model's weights from now on; wakes the engine
+#      sleep()              give the memory to the trainer, until the next load
+#      reset(temperature)   forget all conversations; 0 = greedy
+#      add(request)         begin the next message of a conversation, while others are in the making
+#      collect()            go on until messages have ended -> [Said]; who is not continued now is forgotten
 
 
 @dataclass
@@ -339,167 +327,206 @@ class Request:
     seed: tuple                                  # of this message: (seed, step, group, sample, n-th message)
 
 
+@dataclass
+class Said:
+    """A message: with its end token, unless the limit cut it"""
+    key: int
+    ids: list
+    logprobs: list  # under the distribution sampled from (greedy: of temperature 1)
+
+
+def conversations_that_fit(config, max_tokens, gigabytes, dtype):
+    """How many conversations' keys and values have room in --kv_cache_gb, if each grows to
+    --max_total_tokens?"""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim                 # numbers
+    per_token *= getattr(torch, dtype).itemsize                                                      # bytes
+    if gigabytes * 2**30 < per_token * max_tokens:
+        raise UserError(f"--kv_cache_gb {gigabytes:g} does not hold one conversation: {max_tokens} tokens "
+                        f"(--max_total_tokens) x {per_token} bytes are {per_token * max_tokens / 2**30:.2g} "
+                        "GiB; raise it to several times that.")
+    return int(gigabytes * 2**30 / (per_token * max_tokens))
+
+
+@dataclass
+class Talk:
+    """A conversation whose message is in the making"""
+    request: Request
+    waiting: list                                # tokens that the model has not seen yet
+    noise: np.ndarray                            # one uniform number per token, of the message's own seed
+    cached: int = 0                              # tokens whose keys and values are kept
+    ids: list = field(default_factory=list)      # said so far
+    logprobs: list = field(default_factory=list)
+
+
 class SlotCache:
     """Keys and values of N conversations, one slot each, with a length of its own:
 
-        kv  [layers, 2, N, heads, capacity, head_dim]
+        kv  [layers, 2, N, kv_heads, capacity, head_dim]
 
-    Live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying; a
-    conversation that ends swaps places with the last live one. Transformers models call only `update` and
-    `get_seq_length`."""
+    The live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying. One pass
+    feeds each of them a chunk: one token in the middle of a message, a whole tool result at its beginning.
+    The LAST tokens of all chunks attend together; what stands before them in long chunks attends chunk by
+    chunk: no padding anywhere."""
 
-    def __init__(self, n_layers, n_slots):
-        self.n_layers, self.n_slots, self.kv = n_layers, n_slots, None
+    def __init__(self, n_layers, n_slots, longest):
+        self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
 
-    def begin(self, slots, positions):
-        """The next forward pass writes tokens of `slots` = range(a, b) at `positions` [b - a, c]."""
-        self.slots, self.positions, self.width = slots, positions, int(positions.max()) + 1
-        if self.kv is not None and self.width > self.kv.shape[4]:    # grow by half: amortised copies
-            grown = self.kv.new_zeros(*self.kv.shape[:4], self.width + self.width // 2, self.kv.shape[5])
-            grown[:, :, :, :, :self.kv.shape[4]] = self.kv
+    def begin(self, n, chunks, ids, device):
+        """The next pass: n live slots, chunks [(slot, first position, length)] one behind the other, and
+        their ids"""
+        slot, position, self.long = [], [], []
+        self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
+        for s, start, length in chunks:
+            if length > 1:
+                self.long.append((s, start, len(slot), length - 1))
+            slot += [s] * length
+            position += range(start, start + length)
+            self.last[s], ends[s] = len(slot) - 1, start + length - 1
+        self.fed = torch.tensor([s for s, _, _ in chunks], device=device)
+        self.width = max(ends) + 1
+        self.ids = torch.tensor([ids], device=device)                                                # [1, T]
+        self.positions = torch.tensor([position], device=device)                                     # [1, T]
+        self.slot = torch.tensor(slot, device=device)                                                # [T]
+        self.last, ends = torch.tensor(self.last, device=device), torch.tensor(ends, device=device)  # [n]
+        seen = torch.arange(self.width, device=device) <= ends[:, None]  # [n, width]
+        self.seen = seen[:, None, None]
+
+    def attend(self, layer, q, k, v, scale):
+        """q [1, heads, T, d], k and v [1, kv_heads, T, d] of the new tokens -> [1, T, heads, d]"""
+        if self.kv is None or self.width > self.kv.shape[4]:         # grows by half: amortised copies
+            capacity = max(self.width, min(self.width + max(256, self.width // 2), self.longest))
+            grown = k.new_zeros(self.n_layers, 2, self.n_slots, k.shape[1], capacity, k.shape[3])
+            if self.kv is not None:
+                grown[:, :, :, :, :self.kv.shape[4]] = self.kv
             self.kv = grown
-        # a query may see every position up to its own; what lies behind is another message's garbage [n, 1,
-        # c, width]
-        self.mask = torch.arange(self.width, device=positions.device) <= positions[:, None, :, None]
+        keys, values = self.kv[layer]            # [N, kv_heads, capacity, d]
+        keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
+        values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
+        out, n = q.new_empty(q.shape[2], q.shape[1], q.shape[3]), len(self.last)  # [T, heads, d]
+        for slot, start, first, length in self.long:
+            mine, upto = slice(first, first + length), start + length
+            out[mine] = causal(q[:, :, mine].transpose(1, 2), keys[slot:slot + 1, :, :upto].transpose(1, 2),
+                               values[slot:slot + 1, :, :upto].transpose(1, 2), scale)[0]
+        last = q[0][:, self.last].transpose(0, 1)[:, :, None]  # [n, heads, 1, d]
+        together = scaled_dot_product_attention(last, keys[:n, :, :self.width], values[:n, :, :self.width],
+                                                self.seen, scale=scale, enable_gqa=True)
+        out[self.last[self.fed]] = together[self.fed, :, 0]
+        return out[None]
 
-    def update(self, k, v, layer, *args, **kwargs):
-        """k, v [n, heads, c, head_dim] of the new tokens -> of the whole conversations [n, heads, width,
-        head_dim]"""
-        a, b = self.slots.start, self.slots.stop
-        if self.kv is None:
-            capacity = self.width + 256
-            self.kv = k.new_zeros(self.n_layers, 2, self.n_slots, k.shape[1], capacity, k.shape[3])
-        slot = torch.arange(a, b, device=k.device)[:, None]
-        self.kv[layer, 0][slot, :, self.positions] = k.transpose(1, 2)
-        self.kv[layer, 1][slot, :, self.positions] = v.transpose(1, 2)
-        return self.kv[layer, 0, a:b, :, :self.width], self.kv[layer, 1, a:b, :, :self.width]
-
-    def get_seq_length(self, layer=0):
-        return 0                                 # positions are passed explicitly
-
-    def select(self, slots):
-        self.kv = self.kv[:, :, slots]
-
-    def swap(self, a, b, width):
-        self.kv[:, :, a + b, :, :width] = self.kv[:, :, b + a, :, :width]
+    def copy(self, source, targets, length):
+        self.kv[:, :, targets, :, :length] = self.kv[:, :, source:source + 1, :, :length]
 
 
 class HFEngine:
     """Samples from a Hugging Face causal LM with full attention. Cost grows with the NEW tokens: the old
-    context of a conversation stays in the cache, the prompt that a group shares is computed once, finished
-    ones leave the batch."""
+    context of a conversation stays in its slot, and a prompt that new conversations share is computed
+    once."""
 
-    prefill_tokens = 16_384                      # bounds the memory of one prefill pass
-
-    def __init__(self, model, stop_ids):
+    pass_tokens = 16_384                         # bounds the memory of one pass
+    def __init__(self, model, stop_ids, slots=2**30, longest=2**30):
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise UserError("the sampler's cache is for full attention, and this model has "
                             f"{', '.join(sorted(kinds))} layers; use another model.")
         self.model, self.stop_ids = model, stop_ids
+        self.slots, self.longest = slots, longest        # conversations at a time, and tokens of one
         self.rule = None  # constrained decoding: rule(logits [n, V], [ids said so far]) -> logits
-        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
         self.reset()
 
-    def reset(self):
-        self.cache = None
-        self.keys = self.lengths = None  # per slot: whose conversation, how many of its tokens are cached
+    def reset(self, temperature=1.0):
+        self.temperature, self.cache = temperature, None
+        self.live, self.queue = [], []           # Talks in the order of their slots; new ones without a slot
+        self.ended = {}                          # {key: (slot, cached)} of those whose message has ended
 
     def load(self, model):
         assert model is self.model
         self.reset()                             # the cache holds keys of the old weights
 
-    def sleep(self):
-        self.reset()
+    sleep = reset                                # nothing else to give to the trainer
 
-    def _forward(self, slots, chunks):
-        """Append chunks (lists of ids) to `slots` -> hidden state of each chunk's last token [n, D]"""
-        device = self.model.device
-        sizes = torch.tensor([len(c) for c in chunks], device=device)
-        width = int(sizes.max())
-        ids = torch.tensor([c + [0] * (width - len(c)) for c in chunks], device=device)              # [n, c]
-        start = torch.tensor([self.lengths[s] for s in slots], device=device)
-        self.cache.begin(slots, start[:, None] + torch.arange(width, device=device))
-        hidden = self.body(input_ids=ids, position_ids=self.cache.positions, attention_mask=self.cache.mask,
-                           past_key_values=self.cache, use_cache=True).last_hidden_state  # [n, c, D]
-        for slot, chunk in zip(slots, chunks):
-            self.lengths[slot] += len(chunk)  # padding lies behind this length: masked now, overwritten later
-        return hidden[torch.arange(len(chunks), device=device), sizes - 1]
-
-    def _prefill(self, chunks):
-        """The same for many or long chunks: a few passes of bounded size."""
-        out, start = [], 0
-        for stop in range(1, len(chunks) + 1):
-            longest = max(map(len, chunks[start:stop + 1]))
-            if stop == len(chunks) or (stop + 1 - start) * longest > self.prefill_tokens:
-                out.append(self._forward(range(start, stop), chunks[start:stop]))
-                start = stop
-        return torch.cat(out)
-
-    def _to_front(self, keys):
-        """Swap slots until the conversations `keys` stand in slots 0..len(keys)-1 (in any order)."""
-        wanted, n = set(keys), len(keys)
-        a = [s for s in range(n) if self.keys[s] not in wanted]
-        b = [s for s in range(n, len(self.keys)) if self.keys[s] in wanted]
-        if a:
-            self.cache.swap(a, b, max(self.lengths))
-        for x, y in zip(a, b):
-            self.keys[x], self.keys[y] = self.keys[y], self.keys[x]
-            self.lengths[x], self.lengths[y] = self.lengths[y], self.lengths[x]
+    def add(self, request):
+        noise = np.random.default_rng(request.seed).random(request.limit)
+        if request.key in self.ended:            # it keeps its slot: `ended` says which
+            slot, cached = self.ended.pop(request.key)
+            self.live[slot] = Talk(request, request.ids[cached:], noise, cached)
+        else:
+            self.queue.append(Talk(request, request.ids, noise))
 
     @torch.no_grad()
-    def generate(self, requests, temperature=1.0):
-        """[Request] -> [(ids, logprobs)]: the new message, with its end token unless the limit cut it.
-        temperature 0 is greedy. The log-probability is that of the distribution sampled from (at 0: of
-        temperature 1)."""
+    def collect(self):
         self.model.eval()
-        by_key = {r.key: r for r in requests}
-        if self.keys is None:  # new conversations: compute each distinct prompt once, then copy it
-            unique = list(dict.fromkeys(tuple(r.ids) for r in requests))
-            self.cache = SlotCache(self.model.config.num_hidden_layers, len(unique))
-            self.lengths = [0] * len(unique)
-            hidden = self._prefill([list(ids) for ids in unique])
-            where = {ids: i for i, ids in enumerate(unique)}
-            slots = [where[tuple(r.ids)] for r in requests]
-            self.keys, self.lengths = [r.key for r in requests], [self.lengths[i] for i in slots]
-            hidden = hidden[slots]
-            self.cache.select(slots)
-        else:                                    # known conversations: only what is not cached yet
-            self._to_front(by_key)
-            known = zip(self.keys, self.lengths[:len(requests)])
-            hidden = self._prefill([by_key[key].ids[length:] for key, length in known])
-
-        # One uniform number per token, drawn from the message's own seed. So a rollout does not depend on who
-        # shares the batch with it, nor on how many processes share the work.
-        noise = {r.key: np.random.default_rng(r.seed).random(r.limit) for r in requests}
-        out = {r.key: ([], []) for r in requests}
-        live = self.keys[:len(requests)]
+        self._seat()
         while True:
-            logits = self.head(hidden).float()                                                       # [n, V]
-            if self.rule:
-                logits = self.rule(logits, [out[k][0] for k in live])
-            logp = torch.log_softmax(logits / (temperature or 1.0), -1)
-            if temperature == 0:
-                token = logp.argmax(-1)
-            else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
-                u = torch.tensor([noise[k][len(out[k][0])] for k in live], device=logp.device)
-                cdf = logp.double().exp().cumsum(-1)
-                token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
-                token = token.clamp(max=logp.shape[1] - 1)
-            logp = logp.gather(1, token[:, None])[:, 0]
-            for k, t, lp in zip(live, token.tolist(), logp.tolist()):
-                out[k][0].append(t)
-                out[k][1].append(lp)
-            going = []
-            for k in live:
-                said, _ = out[k]
-                if said[-1] not in self.stop_ids and len(said) < by_key[k].limit:
-                    going.append(k)
-            if not going:
-                return [out[r.key] for r in requests]
-            self._to_front(going)                # those that ended leave the batch
-            live = self.keys[:len(going)]
-            hidden = self._forward(range(len(live)), [out[k][0][-1:] for k in live])
+            said = self._pass()
+            if said:
+                return said
+
+    def _seat(self):
+        """Slots of conversations that were not continued are filled up from behind; new ones take the free
+        slots"""
+        for slot in sorted((slot for slot, _ in self.ended.values()), reverse=True):
+            last = self.live.pop()
+            if slot < len(self.live):
+                self.cache.copy(len(self.live), [slot], last.cached)
+                self.live[slot] = last
+        self.ended = {}
+        if self.cache is None:
+            n_slots = min(self.slots, len(self.queue))
+            self.cache = SlotCache(self.model.config.num_hidden_layers, n_slots, self.longest)
+        free = self.cache.n_slots - len(self.live)
+        self.live, self.queue = self.live + self.queue[:free], self.queue[free:]
+
+    def _pass(self):
+        """One forward pass: every live conversation gets one token more, unless the pass is full -> the
+        messages that ended with it"""
+        chunks, leaders, room, followers = [], {}, self.pass_tokens, {}
+        for slot, talk in enumerate(self.live):
+            prompt = None if talk.cached else tuple(talk.waiting)
+            if prompt in leaders:  # another new conversation computes the same prompt in this pass
+                followers[slot] = leaders[prompt]
+            elif len(talk.waiting) <= room or not chunks:
+                chunks.append((slot, talk.cached, len(talk.waiting)))
+                room -= len(talk.waiting)
+                if prompt:
+                    leaders[prompt] = slot
+        ids = [token for slot, _, _ in chunks for token in self.live[slot].waiting]
+        device = self.model.device
+        self.cache.begin(len(self.live), chunks, ids, device)
+        hidden = trunk(self.model, self.cache)[0]                                                    # [T, D]
+        for slot, leader in followers.items():
+            self.cache.copy(leader, [slot], len(self.live[slot].waiting))
+        slots = sorted([slot for slot, _, _ in chunks] + list(followers))
+        for slot in slots:
+            self.live[slot].cached += len(self.live[slot].waiting)
+        fed = torch.tensor([followers.get(slot, slot) for slot in slots], device=device)             # [n]
+        return self._sample(slots, hidden[self.cache.last[fed]])
+
+    def _sample(self, slots, hidden):
+        """hidden [n, D] of the conversations in `slots` -> the messages that end with their next token"""
+        talks = [self.live[slot] for slot in slots]
+        logits = self.model.get_output_embeddings()(hidden).float()                                  # [n, V]
+        if self.rule:
+            logits = self.rule(logits, [talk.ids for talk in talks])
+        logp = torch.log_softmax(logits / (self.temperature or 1.0), -1)
+        if self.temperature == 0:
+            token = logp.argmax(-1)
+        else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
+            # A talk's own noise: a rollout depends neither on who shares the pass, nor on how many processes
+            # share the work.
+            u = torch.tensor([talk.noise[len(talk.ids)] for talk in talks], device=logp.device)
+            cdf = logp.double().exp().cumsum(-1)
+            token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+            token = token.clamp(max=logp.shape[1] - 1)
+        logp, said = logp.gather(1, token[:, None])[:, 0], []
+        for slot, talk, t, lp in zip(slots, talks, token.tolist(), logp.tolist()):
+            talk.ids.append(t)
+            talk.logprobs.append(lp)
+            talk.waiting = [t]
+            if t in self.stop_ids or len(talk.ids) == talk.request.limit:
+                said.append(Said(talk.request.key, talk.ids, talk.logprobs))
+                self.ended[talk.request.key] = slot, talk.cached
+        return said
 
 
 def import_vllm():
@@ -525,16 +552,19 @@ class VLLMEngine:
     slots.
 
     Under torchrun every rank must build its engine at the same moment (vLLM talks to all ranks there), but
-    not use it in step: each is an island without tensor or data parallelism. Keep it until the last
-    collective: vLLM's destructor destroys the process group, the trainer's too."""
+    not use it in step: each is an island. Keep it until the last collective: vLLM's destructor destroys the
+    process group, the trainer's too."""
 
     def __init__(self, model, stop_ids, max_tokens, kv_cache_gb=0.25, dtype="float32"):
         LLM, self.SamplingParams = import_vllm()
-        self.stop_ids, self.asleep, self.cached = sorted(stop_ids), False, 0
+        self.stop_ids, self.asleep, self.names, self.keys = sorted(stop_ids), False, itertools.count(), {}
         self.sleeps = torch.cuda.is_available()  # on a CPU sleeping frees nothing
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         config = copy.deepcopy(model.config)
-        self._check_room(config, max_tokens, kv_cache_gb, dtype)
+        conversations_that_fit(config, max_tokens, kv_cache_gb, dtype)       # at least one, or it says so
+        if max_tokens > (longest := getattr(config, "max_position_embeddings", max_tokens)):
+            raise UserError(f"--max_total_tokens {max_tokens} is more than the model's {longest} positions; "
+                            "lower it.")
         config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
         # The architecture is all that vLLM reads; weights come by `load`. The folder has the same name in
         # every run of this model, because vLLM's cache of compiled kernels goes by it.
@@ -557,24 +587,13 @@ class VLLMEngine:
             # The size of the cache is given, so the share of the GPU is only a check at start-up, which would
             # count the trainer's memory as taken. A full cache is no error: the youngest conversations wait.
             kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01,
-            enable_prefix_caching=True, **({} if self.sleeps else on_cpu), **(in_group if "RANK" in os.environ else {}))
+            enable_prefix_caching=True, **({} if self.sleeps else on_cpu),
+            **(in_group if "RANK" in os.environ else {}))
         for name, value in before.items():  # vLLM overwrites both, for itself and every process started later
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
         self.load(model)
-
-    def _check_room(self, config, max_tokens, kv_cache_gb, dtype):
-        if max_tokens > (longest := getattr(config, "max_position_embeddings", max_tokens)):
-            raise UserError(f"--max_total_tokens {max_tokens} is more than the {longest} positions of the model, "
-                            "and vLLM refuses to go beyond them; lower it.")
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # keys and values
-        need = per_token * max_tokens * getattr(torch, dtype).itemsize / 2**30
-        if kv_cache_gb < need:
-            raise UserError(f"--kv_cache_gb {kv_cache_gb:g} does not hold one conversation of "
-                            f"--max_total_tokens {max_tokens}, which needs {need:.2g}; raise it to several times "
-                            "that.")
 
     def load(self, model):
         """Hand the weights over, tensor by tensor: sharded ones (DTensor) are gathered one at a time, by all
@@ -583,10 +602,7 @@ class VLLMEngine:
         in two calls."""
         tensors = model.state_dict()  # named_parameters() would lack a tied lm_head: stale on a CPU
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        if shapes != self.shapes:                # checked here: a refused tensor leaves vLLM's model in ruins
-            name = min(dict(shapes.items() ^ self.shapes.items()))
-            raise UserError(f"the weight {name} is {shapes.get(name, 'missing')}, but the vLLM engine was built "
-                            f"for {self.shapes.get(name, 'a model without it')}; build another engine for it.")
+        assert shapes == self.shapes, "another model: a refused tensor would leave vLLM's in ruins"
         if self.asleep:
             self.llm.wake_up(["weights"])        # first the weights, later the cache: the peak is lower
         full = ((name, t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in tensors.items())
@@ -601,29 +617,33 @@ class VLLMEngine:
             self.llm.sleep(level=2)              # 2: forget weights and cache; the next load brings new ones
             self.asleep = True
 
-    def reset(self):
-        self.cached = 0
+    def reset(self, temperature=1.0):
+        self.llm.llm_engine.abort_request(list(self.keys))  # of messages in the making, after an error
+        self.temperature, self.cached, self.keys = temperature, 0, {}
         if not self.asleep:                      # sleeping has cleared it
             assert self.llm.reset_prefix_cache(), "vLLM cannot clear its cache: a request is running"
 
-    def generate(self, requests, temperature=1.0):
-        """[Request] -> [(ids, logprobs)], as HFEngine.generate. The two engines draw other numbers from the
-        same seed, so samples differ between them; in both, a message does not depend on who shares the
-        batch."""
-        params = []
-        for r in requests:
-            seed = int(np.random.SeedSequence(r.seed).generate_state(1, np.uint64)[0] >> 1)
-            params.append(self.SamplingParams(
-                temperature=temperature, max_tokens=r.limit, stop_token_ids=self.stop_ids, ignore_eos=True,
-                detokenize=False, logprobs=0, seed=seed))            # logprobs=0: of the sampled token only
-        prompts = [{"prompt_token_ids": r.ids} for r in requests]
-        messages = []
-        for out in self.llm.generate(prompts, params, use_tqdm=False):
-            self.cached += out.num_cached_tokens  # prompt tokens that were not computed again
-            said = out.outputs[0]
-            logprobs = [of[token].logprob for token, of in zip(said.token_ids, said.logprobs)]
-            messages.append((list(said.token_ids), logprobs))
-        return messages
+    def add(self, request):
+        """The two engines draw other numbers from the same seed, so samples differ between them; in both, a
+        message does not depend on who else is in the making."""
+        seed = int(np.random.SeedSequence(request.seed).generate_state(1, np.uint64)[0] >> 1)
+        params = self.SamplingParams(
+            temperature=self.temperature, max_tokens=request.limit, stop_token_ids=self.stop_ids, seed=seed,
+            ignore_eos=True, detokenize=False, logprobs=0)           # 0: of the sampled token only
+        params.output_kind = type(params.output_kind).FINAL_ONLY     # nothing before the message has ended
+        name = str(next(self.names))
+        self.keys[name] = request.key
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": request.ids}, params)
+
+    def collect(self):
+        said = []
+        while not said:
+            for out in [out for out in self.llm.llm_engine.step() if out.finished]:
+                self.cached += out.num_cached_tokens  # prompt tokens that were not computed again
+                message, = out.outputs
+                logprobs = [of[token].logprob for token, of in zip(message.token_ids, message.logprobs)]
+                said.append(Said(self.keys.pop(out.request_id), list(message.token_ids), logprobs))
+        return said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -641,23 +661,28 @@ def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
 
 
 def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
-    """Environments and begun Episodes -> the same Episodes, finished. All live conversations of the batch
-    advance together: one `generate` call makes the next message of each."""
-    for e in episodes:
+    """Environments and begun Episodes -> the same Episodes, finished. Every conversation goes on at its own
+    pace: as soon as its message has ended, the environment answers and the next one begins."""
+    def next_message(i):
+        e = episodes[i]
+        room = min(limits.message, limits.total - len(e.ids))
+        engine.add(Request(i, e.ids, room, (*seed, e.group_id, e.sample, len(e.states))))
+
+    engine.reset(temperature)
+    for i, e in enumerate(episodes):
         assert len(e.ids) < limits.total, f"{e.task_id}: the prompt fills limits.total = {limits.total}"
-    engine.reset()
-    while True:
-        requests = []
-        for i, (e, env) in enumerate(zip(episodes, envs, strict=True)):
+        next_message(i)
+    running = len(episodes)
+    while running:
+        for said in engine.collect():
+            env = envs[said.key]
+            _advance(episodes[said.key], env, chat, said.ids, said.logprobs, limits)
             if env.status is None:
-                room = min(limits.message, limits.total - len(e.ids))
-                requests.append(Request(i, e.ids, room, (*seed, e.group_id, e.sample, len(e.states))))
-        if not requests:
-            break
-        for r, (ids, logprobs) in zip(requests, engine.generate(requests, temperature), strict=True):
-            _advance(episodes[r.key], envs[r.key], chat, ids, logprobs, limits)
+                next_message(said.key)
+            else:
+                running -= 1
     engine.reset()  # the cache holds keys of these weights; nobody may use it again
-    return [_finish(episode, env) for episode, env in zip(episodes, envs)]
+    return episodes
 
 
 def play(chat, env, script, limits, group_id=-1, sample=0):
@@ -671,7 +696,7 @@ def play(chat, env, script, limits, group_id=-1, sample=0):
         turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
         ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])
         _advance(episode, env, chat, ids, [0.0] * len(ids), limits)
-    return _finish(episode, env)
+    return episode
 
 
 def truth_script(task, syntax="A"):
@@ -688,47 +713,30 @@ def demonstrate(chat, task, syntax, limits, closing="lenient", **kw):
     if episode.reward != 1:
         why = f"is graded as wrong (user turn {episode.failed_turn}); leave that task out."
         if episode.status.endswith("limit"):
-            why = f"does not fit into the limits ({episode.status}); raise --max_total_tokens or --max_messages."
+            why = f"does not fit into the limits ({episode.status}): --max_total_tokens, --max_messages."
         raise UserError(f"the ground truth of {task.id} {why}")
     return episode
 
 
 def _advance(episode, env, chat, ids, logprobs, limits):
     """One model message into the world: append it, name its state, let the environment answer, append the
-    answer."""
+    answer; or, where that ends the episode, its verdict."""
     text_ids = ids[:-1] if ids[-1] == chat.end_id else ids           # another stop token stays in the text
-    ended = ids[-1] in chat.stop_ids
+    ended, turn = ids[-1] in chat.stop_ids, env.turn
     message = parse(chat.text(text_ids), env.syntax, ended)
-    turn = env.turn
     episode.append(ids, "model", turn, logprobs, message.text, message.state)
     if not ended and len(episode.ids) >= limits.total:
         env.stop("length_limit")
-        return
-    answer = env.step(message)
-    if answer is None:
-        return
-    added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template needs it; nobody sampled it
-    ids = added_end + chat.observation(answer, limits.observation)
-    if len(episode.ids) + len(ids) >= limits.total:
-        env.stop("length_limit")
-    elif len(episode.states) >= limits.steps:
-        env.stop("step_limit")
-    else:
-        episode.append(ids, "tool" if env.turn == turn else "user", env.turn, text=answer)
-
-
-def _finish(episode, env):
+    elif (answer := env.step(message)) is not None:
+        added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template's; nobody sampled it
+        ids = added_end + chat.observation(answer, limits.observation)
+        if len(episode.ids) + len(ids) >= limits.total:
+            env.stop("length_limit")
+        elif len(episode.states) >= limits.steps:
+            env.stop("step_limit")
+        else:
+            episode.append(ids, "tool" if env.turn == turn else "user", env.turn, text=answer)
     episode.reward, episode.failed_turn, episode.status = env.grade(), env.failed_turn, env.status
-    return episode
-
-
-def transcript(chat, episode):
-    """For reading: a paragraph per span, the model's with their state: 'model[call]  <tool_call>...<|im_end|>' """
-    lines = []
-    for s in episode.spans:
-        state = f"[{s.state}]" if s.state else ""
-        lines.append(f"{s.who}{state}  {chat.text(episode.ids[s.start:s.end])}")
-    return "\n".join(lines)
 
 
 def reencoded(chat, episode):

@@ -18,8 +18,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tools import UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Processes. Each rank trains its share of an update; only sums are exchanged.
@@ -47,6 +54,33 @@ def over_ranks(values, op=dist.ReduceOp.SUM):
     return total.tolist()
 
 
+def gather(items):
+    """[a, b] on rank 0, [c] on rank 1 -> [a, b, c] on both"""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def rank0_first(make):
+    """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all ranks with its
+    text."""
+    result = mistake = None
+    if rank() == 0:
+        try:
+            result = make()
+        except UserError as error:
+            mistake = str(error)
+    if dist.is_initialized():
+        outcome = [result, mistake]
+        dist.broadcast_object_list(outcome)
+        result, mistake = outcome
+    if mistake:
+        raise UserError(mistake)
+    return result
+
+
 def is_sharded(model):
     return isinstance(model, FSDPModule)
 
@@ -71,35 +105,185 @@ class Padding:                                   # the dummy row
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Log-probabilities of the trained tokens
+# 2. One layout for every training pass: no padding, and what several rows begin with is computed once
+
+
+@dataclass
+class Family:
+    """Rows that share a prompt, one behind the other: prompt, continuation, continuation, ..."""
+    prompt: int                                  # its length; 0: one row, with nobody to share
+    lengths: list                                # of the continuations
+
+
+class Layout:
+    """Rows with .ids and .mask -> one line of T tokens. Two rollouts of one prompt, and a row of its own:
+
+        rows       [1 2 3 | 7 8]  [1 2 3 | 9]  [4 5 | 6]     |: trained from here on; what stands before it,
+        ids        [1 2 3   7 8   9   4 5 6]                     if it is equal, is the prompt that they share
+        positions  [0 1 2   3 4   3   0 1 2]
+        place[1]   [0 1 2   5]                                 where the tokens of row 1 stand
+
+    A token of a prompt sees the prompt so far; one of a continuation sees the prompt and its own row so
+    far."""
+
+    def __init__(self, rows, device):
+        ids, positions, self.place, self.families = [], [], [None] * len(rows), []
+        for prompt, members in families(rows).items():
+            shared = len(prompt) if len(members) > 1 else 0
+            prompt_place = list(range(len(ids), len(ids) + shared))
+            ids += prompt[:shared]
+            positions += range(shared)
+            for i in members:
+                own = rows[i].ids[shared:]
+                self.place[i] = prompt_place + list(range(len(ids), len(ids) + len(own)))
+                ids += own
+                positions += range(shared, shared + len(own))
+            self.families.append(Family(shared, [len(rows[i].ids) - shared for i in members]))
+        self.ids = torch.tensor([ids], device=device)                                                # [1, T]
+        self.positions = torch.tensor([positions], device=device)                                    # [1, T]
+        self.segments = None
+
+    def attend(self, layer, q, k, v, scale):
+        """q [1, heads, T, d], k and v [1, kv_heads, T, d] -> [1, T, heads, d]"""
+        attend = self._attend_varlen if q.is_cuda and q.dtype != torch.float32 else self._attend_families
+        return attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scale)[None]
+
+    def _attend_families(self, q, k, v, scale):
+        """One call per prompt, one for all of its continuations: they are padded, for the time of the
+        attention, to the
+        longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
+        out, start = [], 0
+        for family in self.families:
+            cuts = [family.prompt, *family.lengths]
+            end = start + sum(cuts)
+            (q_prompt, *qs), (k_prompt, *ks), (v_prompt, *vs) = (x[start:end].split(cuts) for x in (q, k, v))
+            if family.prompt:
+                out.append(causal(q_prompt[None], k_prompt[None], v_prompt[None], scale)[0])
+            qs, ks, vs = (pad_sequence(x, batch_first=True) for x in (qs, ks, vs))  # [K, L, heads, d]
+            ks = torch.cat([k_prompt.expand(len(ks), -1, -1, -1), ks], 1)  # [K, P + L, heads, d]
+            vs = torch.cat([v_prompt.expand(len(vs), -1, -1, -1), vs], 1)
+            answers = causal(qs, ks, vs, scale)  # [K, L, heads, d]
+            out += [answer[:n] for answer, n in zip(answers, family.lengths)]
+            start = end
+        return torch.cat(out)
+
+    def _attend_varlen(self, q, k, v, scale):
+        """One kernel for all segments (it knows 16 bits only); keys and values of a prompt are repeated for
+        each of its continuations"""
+        if self.segments is None:
+            self.segments = self._segments(q.device)
+        keys, cuts_q, cuts_k, longest_q, longest_k = self.segments
+        return varlen_attn(q, k[keys], v[keys], cuts_q, cuts_k, longest_q, longest_k, scale=scale,
+                           window_size=(-1, 0), enable_gqa=True)     # (-1, 0): causal, aligned at the ends
+
+    def _segments(self, device):
+        """-> whose keys each segment sees, where the segments begin, and how long the longest is"""
+        keys, lengths_q, lengths_k, start = [], [], [], 0
+        for family in self.families:
+            prompt = range(start, start + family.prompt)
+            for n in ([family.prompt] if family.prompt else []) + family.lengths:
+                own = range(start, start + n)
+                keys += own if own == prompt else [*prompt, *own]
+                lengths_q.append(n)
+                lengths_k.append(n if own == prompt else len(prompt) + n)
+                start += n
+        cuts = lambda lengths: torch.tensor([0, *lengths], device=device).cumsum(0).int()
+        keys = torch.tensor(keys, device=device)
+        return keys, cuts(lengths_q), cuts(lengths_k), max(lengths_q), max(lengths_k)
+
+
+def families(rows):
+    """-> {what stands before the first trained token: [indices of the rows that begin so]}"""
+    found = {}
+    for i, row in enumerate(rows):
+        first = row.mask.index(1) if 1 in row.mask else len(row.mask)
+        found.setdefault(tuple(row.ids[:first]), []).append(i)
+    return found
+
+
+def causal(q, k, v, scale):
+    """q [K, L, heads, d], k and v [K, P + L, kv_heads, d]: query i sees the keys 0..P + i -> [K, L, heads,
+    d]"""
+    n, m = q.shape[1], k.shape[1]
+    mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def layout_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
+    """What the model's layers call: the layout of the pass knows who sees whom. Without one: plain
+    attention."""
+    if layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("layout", layout_attention)
+AttentionMaskInterface.register("layout", lambda *a, attention_mask=None, **kw: attention_mask)
+
+
+def trunk(model, layout):
+    """-> hidden states [1, T, D]: the model without its logits"""
+    if model.config._attn_implementation != "layout":
+        model.set_attn_implementation("layout")
+    return model.get_decoder()(input_ids=layout.ids, position_ids=layout.positions, use_cache=False,
+                               layout=layout).last_hidden_state
+
+
+def micro_batches(rows, max_tokens):
+    """Cut rows into batches of at most max_tokens tokens, those of one prompt together, where it counts once:
+    prompts of 5, 5 and 0 tokens with 4, 3 and 9 behind them, max_tokens 14 -> [[first, second], [third]]"""
+    batches, room = [], 0
+    for prompt, members in families(rows).items():
+        inside = False                           # is the prompt in this batch?
+        for i in members:
+            length = len(rows[i].ids)
+            cost = length - len(prompt) if inside else length
+            if cost > room:
+                batches.append([])
+                cost, room = length, max_tokens
+            batches[-1].append(rows[i])
+            room, inside = room - cost, True
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Log-probabilities of the trained tokens
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}      # of one chunk's logits; a handful of them live at a time
 
 
 @dataclass
 class Scored:
     """What one forward pass says about the trained tokens of its rows"""
     logp: torch.Tensor                           # [N] log p(token | everything before it)
-    entropy: torch.Tensor  # [N] of the distribution that the token was drawn from, no gradient
+    entropy: torch.Tensor                        # [N] of the distribution that it was drawn from, no gradient
     owner: torch.Tensor                          # [N] the row that each token belongs to
     watched: torch.Tensor  # [N, K] probabilities of the token ids `watch` there, no gradient
 
 
-def token_logprobs(model, rows, chunk=2048, watch=()):
+def token_logprobs(model, rows, chunk=None, watch=()):
     """rows with .ids and .mask (Episodes) -> Scored
 
     ids   [[7, 8, 9], [7, 5]]          the log-probability of token t comes from the hidden state at t - 1,
     mask  [[0, 1, 1], [0, 1]]    ->    logp = [log p(8 | 7), log p(9 | 7 8), log p(5 | 7)], owner = [0, 0, 1]
 
-    [B, T, V] logits never exist: the projection runs only at trained positions, `chunk` of them at a time,
-    and each chunk's logits are computed again in the backward pass. (A loop over chunks WITHOUT recomputation
-    saves nothing: autograd keeps every chunk.) At 16k tokens x 152k vocabulary that is 10 GB less."""
-    assert not any(r.mask[0] for r in rows), "the first token of a row has nothing before it to be predicted from"
-    ids, mask = padded([r.ids for r in rows], model.device), padded([r.mask for r in rows], model.device)    # [B, T]
-    hidden = model.trunk(ids) if is_sharded(model) else trunk(model, ids)  # [B, T, D]
-    trained = mask[:, 1:].bool()                 # [B, T-1]
-    hidden, target = hidden[:, :-1][trained], ids[:, 1:][trained]  # [N, D], [N]
-    owner = trained.nonzero()[:, 0]                                                                  # [N]
+    [T, V] logits never exist: the projection runs only at trained positions, `chunk` of them at a time, and
+    each chunk's logits are computed again in the backward pass. (A loop over chunks WITHOUT recomputation
+    saves nothing: autograd keeps every chunk.)"""
+    assert not any(r.mask[0] for r in rows), "the first token of a row has nothing before it"
+    layout, device = Layout(rows, model.device), model.device
+    hidden = model.trunk(layout) if is_sharded(model) else trunk(model, layout)  # [1, T, D]
+    before, owner = [], []
+    for i, (row, place) in enumerate(zip(rows, layout.place)):
+        trained = [t for t, m in enumerate(row.mask) if m]
+        before += [place[t - 1] for t in trained]
+        owner += [i] * len(trained)
+    hidden = hidden[0].index_select(0, torch.tensor(before, dtype=torch.long, device=device))  # [N, D]
+    target = at_trained(rows, "ids", device)                                                         # [N]
     weight = model.get_output_embeddings().weight                                                    # [V, D]
-    watch = torch.tensor(list(watch), dtype=torch.long, device=model.device)
+    chunk = chunk or max(1, CHUNK_BYTES[device.type] // (4 * len(weight)))
+    watch = torch.tensor(list(watch), dtype=torch.long, device=device)
     parts = []
     for h, t in zip(hidden.split(chunk), target.split(chunk)):
         if torch.is_grad_enabled():
@@ -107,7 +291,7 @@ def token_logprobs(model, rows, chunk=2048, watch=()):
         else:
             parts.append(_logp_chunk(h, weight, t, watch))
     logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
-    return Scored(logp, entropy, owner, watched)
+    return Scored(logp, entropy, torch.tensor(owner, dtype=torch.long, device=device), watched)
 
 
 def _logp_chunk(hidden, weight, target, watch):
@@ -122,18 +306,6 @@ def _logp_chunk(hidden, weight, target, watch):
     return logp, entropy, watched
 
 
-def trunk(model, ids):
-    """ids [B, T] -> hidden states [B, T, D]: the model without its logits"""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def padded(lists, device):
-    """[[7, 8, 9], [7, 5]] -> [[7, 8, 9], [7, 5, 0]]. No mask is needed: causal attention never looks
-    behind."""
-    width = max(map(len, lists))
-    return torch.tensor([x + [0] * (width - len(x)) for x in lists], device=device)
-
-
 def at_trained(rows, name, device):
     """Rows with .mask and a list of one value per token -> the values at the trained tokens, row after row
     [N] mask [[0, 1, 1], [0, 1]], logprobs [[0, -.1, -.2], [0, -.3]] -> [-.1, -.2, -.3]"""
@@ -143,23 +315,12 @@ def at_trained(rows, name, device):
     return torch.tensor(values, device=device)
 
 
-def micro_batches(rows, max_tokens, length=lambda row: len(row.ids)):
-    """Cut rows into batches of at most max_tokens, padding included, similar lengths together (little
-    padding): lengths [9, 2, 3], max_tokens 10 -> [[2, 3], [9]]"""
-    batches = []
-    for row in sorted(rows, key=length):
-        if not batches or (len(batches[-1]) + 1) * length(row) > max_tokens:
-            batches.append([])
-        batches[-1].append(row)
-    return batches
-
-
 # ------------------------------------------------------------------------------------------------------------
-# 3. Cross-entropy, the optimizer step, the SFT phase
+# 4. Cross-entropy, the optimizer step, the SFT phase
 
 
 def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
-    """Adds the gradient of  weight * -sum row_weight log p(token) / n  to .grad; n = trained tokens over all ranks.
+    """Adds the gradient of  weight * -sum row_weight log p(token) / n  to .grad; n = trained tokens (global).
     Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool
     says."""
     n, = over_ranks([sum(sum(r.mask) for r in rows)])
@@ -232,7 +393,8 @@ def sft_phase(model, optimizer, rows, visits, batch, lr, seed, micro_tokens):
 def shuffled_passes(items, start, n, seed):
     """n items from position `start` of an endless stream of shuffled passes: a pure function, so resuming
     needs no
-    more than the position.   shuffled_passes("abc", 2, 3, 0) -> ["b", "c", "b"]: the end of one pass, then the next"""
+    more than the position. shuffled_passes("abc", 2, 3, seed) -> the last of one pass, the first two of the
+    next"""
     stream = []
     for lap in range(start // len(items), -(-(start + n) // len(items))):  # the passes that it touches
         stream += random.Random(f"{seed} {lap}").sample(items, len(items))
@@ -240,7 +402,7 @@ def shuffled_passes(items, start, n, seed):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; during
+# 5. FSDP2 (train.py: --shard). Parameters, gradients and Adam's state are cut into one piece per rank; during
 #    an update a layer is whole only while it computes. Per rank: 16 bytes per parameter / ranks (fp32 master,
 #    gradient, two moments), and in the update one layer and the embedding in compute_dtype; while sampling
 #    with --engine hf, and while probing, the whole model.
@@ -257,7 +419,7 @@ def shard(model, device, compute_dtype):
     model.trunk = MethodType(trunk, model)       # our forward pass is not model.forward, so FSDP
     register_fsdp_forward_method(model, "trunk")  # must be told to gather parameters around it
     with torch.no_grad():                        # the first pass fixes that `model` is the root;
-        model.trunk(torch.zeros(1, 1, dtype=torch.long, device=device))      # else every layer would take itself for one
+        model.trunk(Layout([Padding], device))   # else every layer would take itself for one
     model.reshard()
 
 
@@ -279,4 +441,4 @@ def gathered(model):
         m.set_reshard_after_forward(m is not model, recurse=False)   # output weights after the forward pass
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # gathered tensor by tensor onto rank 0's CPU
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)     # tensor by tensor onto rank 0's CPU

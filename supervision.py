@@ -92,18 +92,20 @@ class SFT(Signal):
             return
         self.demonstrations = {}
         for id, task in self.tasks.items():
-            self.demonstrations[id] = demonstrate(self.chat, task, self.args.syntax, self.limits, self.args.closing)
+            self.demonstrations[id] = demonstrate(self.chat, task, self.args.syntax, self.limits,
+                                                  self.args.closing)
 
     def read_dialogues(self, path):
         """JSON lines of {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}, ...]}:
         [system,] user, assistant, user, assistant, ... -> [Episode]; .note says how many are too long"""
         rows = []
         try:
-            for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
+            for i, line in enumerate(filter(None, lines), 1):
                 rows.append(dialogue_row(self.chat, f"{path}:{i}", json.loads(line)["messages"]))
         except (OSError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"--sft_file {path} cannot be read (line {len(rows) + 1}: {error!r}); it must be JSON "
-                            "lines of messages, as results/toolace.py writes them.") from error
+            raise UserError(f"--sft_file {path} cannot be read (line {len(rows) + 1}: {error!r}); it must be "
+                            "JSON lines of messages, as results/toolace.py writes them.") from error
         fitting = [row for row in rows if len(row.ids) <= self.limits.total]
         self.note = (f"{path}: {len(fitting)} dialogues; left out: {len(rows) - len(fitting)} longer than "
                      f"--max_total_tokens {self.limits.total}")
@@ -272,7 +274,11 @@ SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs"
 
 def dialogue_row(chat, name, messages):
     """[system,] user, assistant, user, assistant, ... -> an Episode whose assistant messages are trained"""
-    first = [m["role"] for m in messages].index("assistant")
+    roles = [m["role"] for m in messages]
+    talk = roles[1:] if roles[0] == "system" else roles
+    if talk != ["user", "assistant"] * (len(talk) // 2) or not talk:
+        raise ValueError(f"the roles must be [system,] user, assistant, user, assistant, ..., not {roles}")
+    first = roles.index("assistant")
     row = Episode(name, -1, source="truth", as_sampled=False)
     row.append(chat.prompt(messages[:first]), "prompt", 0, text=messages[first - 1]["content"])
     for m in messages[first:]:
@@ -302,7 +308,7 @@ def sample_groups(signal, engine, tasks, mine, seed):
 # ------------------------------------------------------------------------------------------------------------
 # 2. Reflections (PRS). Two texts per trajectory, trained as prompt -> answer:
 #      whole   every turn: what was asked, was it right, the corrected calls
-#      error   the turn that failed: root cause, fix, similar scenarios, one look-alike that needs another answer
+#      error   the turn that failed: root cause, fix, similar scenarios, one look-alike with another answer
 #    Both show the judge the step that really failed, and the ground truth with all its arguments, of every
 #    type.
 
@@ -324,19 +330,20 @@ def log_of(task, episode, syntax, last=None):
 
 
 ASK_WHOLE = "Read each turn. Is it right? Write the cause and the right call."
-ASK_ERROR = "The last turn is not right. Write the cause, the fix, similar turns, and one that is not similar."
+ASK_ERROR = ("The last turn is not right. Write the cause, the fix, similar turns, and one that is not "
+             "similar.")
 # The same two questions for a language model as judge, with what the paper asks of it.
-JUDGE_WHOLE = """Below is a conversation between a user and an assistant that calls tools. After each turn, "right" \
-is the ground truth.
-For every turn write: what the user wanted and what a correct answer does; whether the assistant's turn was correct, \
-and if not, the kind of mistake and its root cause; how to do better, with the corrected calls exactly as in the \
-ground truth, in the same syntax."""
-JUDGE_ERROR = """Below is a conversation between a user and an assistant that calls tools. Its LAST turn is wrong; \
+JUDGE_WHOLE = """Below is a conversation between a user and an assistant that calls tools. After each turn, \
 "right" is the ground truth.
-Write: the root cause, with two to four pieces of evidence from the log; the fix, with the corrected calls; three to \
-five similar scenarios of different kinds (a missing value, the wrong tool, a failed call, an ambiguous request), each \
-with its request, the typical mistake, the correct calls, and why; and one scenario that looks alike but needs another \
-solution."""
+For every turn write: what the user wanted and what a correct answer does; whether the assistant's turn was \
+correct, and if not, the kind of mistake and its root cause; how to do better, with the corrected calls \
+exactly as in the ground truth, in the same syntax."""
+JUDGE_ERROR = """Below is a conversation between a user and an assistant that calls tools. Its LAST turn is \
+wrong; "right" is the ground truth.
+Write: the root cause, with two to four pieces of evidence from the log; the fix, with the corrected calls; \
+three to five similar scenarios of different kinds (a missing value, the wrong tool, a failed call, an \
+ambiguous request), each with its request, the typical mistake, the correct calls, and why; and one scenario \
+that looks alike but needs another solution."""
 
 
 def reflection_prompts(task, episode, syntax, real=False):
@@ -391,7 +398,8 @@ def reflect_error(task, episode, syntax):
     turn = task.turns[t]
     last_tool = [tool for tool, _ in turn.calls][-1:]
     tool = last_tool[0] if last_tool else rng.choice(sorted(task.docs))
-    lines = [f"cause: {cause(task, episode, t, syntax) or 'the state is not right'}", f"fix: {right(turn, syntax)}"]
+    why = cause(task, episode, t, syntax) or "the state is not right"
+    lines = [f"cause: {why}", f"fix: {right(turn, syntax)}"]
     if tool not in ASKS:                         # real data: only a language model can invent scenarios there
         return "\n".join(lines)
     app = TOOL_APP[tool]
@@ -434,17 +442,18 @@ class Judge:
         # OpenAIError: what the server says, after the retries; the others: an answer that is not one
         self.failures = (OpenAIError, ValueError, LookupError, TypeError, AttributeError)
 
-    def _ask(self, prompt):
-        answer = self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": prompt}])
+    def _ask(self, prompt, client=None):
+        talk = [{"role": "user", "content": prompt}]
+        answer = (client or self.client).chat.completions.create(model=self.model, messages=talk)
         return answer.choices[0].message.content
 
     def check(self):
         """Before anything starts: is it there, does it know the model, does it take the key?"""
         try:
-            self._ask("Say yes.")
+            self._ask("Say yes.", self.client.with_options(max_retries=0))
         except self.failures as error:
-            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error}); check --judge_url, "
-                            "--judge_model and the key in JUDGE_API_KEY.") from error
+            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error}); check "
+                            "--judge_url, --judge_model and the key in JUDGE_API_KEY.") from error
 
     def _answer(self, prompt):
         path = self.cache / (hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() + ".json")

@@ -1,11 +1,5 @@
 """tools.py -- the world an agent acts in. Floor 0: plain Python, no torch.
 
-    1. apps      small stateful Python objects; every public method is a tool
-    2. env       the multi-turn conversation: user turns, tool results, grading
-    3. stories   a seeded generator of tasks in BFCL's four categories
-    4. BFCL      the same game on real data: BFCL's own tasks and simulators
-    5. worlds    where a run's tasks come from: --world tiny, --world bfcl
-
 The paper (arXiv 2606.26027) trains on BFCL multi-turn: a user asks for things over several turns, the model
 calls tools, and the reward is 1 only if EVERY user turn ended in the right state with the right results. A
 message without a complete call ends the user turn. This file holds that game, small enough for a laptop:
@@ -748,5 +742,3 @@ class BfclWorld(World):
 
 
 WORLDS = {"tiny": World, "bfcl": BfclWorld}
-
-

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import traceback
-import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from analyze_tokens import (Alarm, mean, one_line, probe, read_records, rollout_metrics, summary, table,
-                            token_classes, truth_logprobs)
+from analyze_tokens import (PROBED, Alarm, checksum, log_line, mean, newest_checkpoint, one_line, probe,
+                            read_records, record_episodes, rollout_metrics, summary, table, token_classes,
+                            truth_logprobs)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
-from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, demonstrate, import_vllm,
-                     is_clean, parse, reencoded, rollout, transcript)
-from sft_step import (WHOLE, gathered, is_sharded, my_share, rank, sft_phase, sft_update, shard,
-                      shuffled_passes, world_size)
+from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
+                     demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
+from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0_first, sft_phase, sft_update,
+                      shard, shuffled_passes, world_size)
 from supervision import SIGNALS, Judge, sample_groups
 from tools import BFCL_PACKAGES, CATEGORIES, WORLDS, UserError
 
@@ -64,8 +64,7 @@ FLAGS = {
         ("sft_epochs", 2, 1, "interleaved: passes over the rows in each SFT phase"),
         ("sft_weight", 1.0, 0, "synchronous: weight of the cross-entropy in the RL update"),
         ("alarm", "p/open|text", None, "adaptive: the probe's metric that rings above 3 x its start"),
-        ("burst_rows", 64, 1, "adaptive: rows of a burst of SFT, at every probe while the alarm rings; "
-         "adaptive_random (the control): at probes drawn by the seed"),
+        ("burst_rows", 64, 1, "adaptive: rows of a burst of SFT, at every probe while the alarm rings"),
         ("sft_budget", 384, 0, "adaptive: rows of all bursts together")],
     "signals": [
         ("sft_file", None, None, "sft: train on this file's dialogues (results/toolace.py)"),
@@ -75,19 +74,17 @@ FLAGS = {
         ("hint_in_update", False, None, "hbg: keep the hint in the trained sequence too"),
         ("ets_window", 10, 1, "ets, prs: RL steps that are looked back upon"),
         ("ets_rule", "all", ("all", "any"), "ets, prs: a task failed if all rollouts did, or any"),
-        ("judge_url", None, None, "prs: an OpenAI-compatible server, such as http://localhost:8000/v1; without "
-         "it the embedded judge writes the reflections from the ground truth"),
+        ("judge_url", None, None, "prs: an OpenAI-compatible server; without one the embedded judge writes"),
         ("judge_model", "judge", None, "prs: model name at that server; key: environment JUDGE_API_KEY")],
     "ablations, each doing one thing": [
-        ("as_released", False, None, "as the authors' code: messages are decoded and encoded again, with an end "
+        ("as_released", False, None, "as the authors' code: messages are decoded and encoded again, an end "
          "token added; groups are spread over the mini-batches; every phase begins with a new optimizer, 5 "
          "warm-up updates, and a KL that is measured from there"),
         ("only", None, ("positive", "negative"), "use only the advantages of one sign"),
         ("reward", "task", ("task", "random", "shuffled", "format"), "see rl_step.assign_credit"),
         ("mask_control", False, None, "a negative advantage does not push control tokens")],
     "model": [
-        ("model", "tiny", None, "tiny = the embedded one (results/make_base.py makes it at first use); or a "
-         "Hugging Face name or folder; or a run folder (its newest checkpoint)"),
+        ("model", "tiny", None, "tiny = the embedded one; or a Hugging Face name or folder; or a run folder"),
         ("chat_template", None, None, f"instead of the model's: a Jinja file, or {' or '.join(TEMPLATES)}"),
         ("dtype", "float32", ("float32", "bfloat16"), "precision of the weights"),
         ("shard", False, None, "FSDP2: parameters, gradients and optimizer state in one piece per process"),
@@ -98,8 +95,8 @@ FLAGS = {
          f"--no-deps {BFCL_PACKAGES}), with the paper's values as defaults: {WORLDS['bfcl'].defaults}"),
         ("validation", 20, range(1, 100), "bfcl: of 100 training stories, those set aside for evaluation"),
         ("syntax", "A", ("A", "B"), "A = <tool_call> JSON, B = [f(a='x')]; the other one is format-OOD"),
-        ("closing", "lenient", ("lenient", "strict"), "lenient = a message without a complete call ends the user "
-         "turn, whatever it holds (the paper); strict = a malformed one fails"),
+        ("closing", "lenient", ("lenient", "strict"), "lenient = a message without a complete call ends the "
+         "user turn, whatever it holds (the paper); strict = a malformed one fails"),
         ("train_tasks", 300, 3, "training tasks over the three training categories"),
         ("eval_tasks", 50, 1, "test tasks per category and per OOD set")],
     "rollouts": [
@@ -110,7 +107,7 @@ FLAGS = {
         ("max_total_tokens", 1024, 2, "tokens per episode"),
         ("max_observation_tokens", 256, 1, "tokens kept of one tool result (the last ones)"),
         ("engine", "hf", ("hf", "vllm"), "sample from the trained model, or from a copy in vLLM"),
-        ("kv_cache_gb", 0.25, 0.001, "vllm: GiB for keys and values, per process")],
+        ("kv_cache_gb", 1.0, 0.001, "the sampler's GiB for keys and values, per process")],
     "policy loss": [
         ("loss", "grpo", LOSSES, "rl_step.LOSSES"),
         ("updates", 3, 1, "optimizer updates per RL step; a group is never split"),
@@ -124,7 +121,7 @@ FLAGS = {
         ("sft_lr", 5e-4, 0, "learning rate of SFT updates (the paper: 1e-5 or 1e-6)"),
         ("sft_batch", 32, 1, "demonstrations per SFT step, over all processes"),
         ("warmup", 5, 1, "steps of linear warm-up; the first one has lr / warmup, not 0"),
-        ("micro_tokens", 16_384, 1, "tokens per forward pass; changes memory and speed, never the result")],
+        ("micro_tokens", 0, 0, "tokens per forward pass: memory and speed, never the result; 0 = by device")],
     "run": [
         ("out", None, None, "run folder; default runs/SIGNAL-SCHEDULE-CLOSING-seedN"),
         ("resume", False, None, "continue the run in --out from its newest checkpoint"),
@@ -196,16 +193,18 @@ def refuse_senseless(args, error):
     if args.schedule.startswith("adaptive") and (args.sft_budget < args.burst_rows or args.probe_every < 1):
         error(f"--schedule {args.schedule} needs --probe_every, and a --sft_budget of at least --burst_rows "
               f"{args.burst_rows}")
+    if args.alarm not in PROBED:
+        error(f"--alarm {args.alarm} is not one of the probe's probabilities: {', '.join(PROBED)}")
     if args.world == "bfcl" and args.model == "tiny":
         error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct")
     if args.sft_file and args.signal != "sft":
         error(f"--sft_file goes with --signal sft, not {args.signal}")
     if args.correction and (args.as_released or args.correction < 1):
         error("--correction is a cap of at least 1; and text that --as_released encodes again has no sampler")
-    if (args.compute_dtype or args.dtype) != args.dtype and not args.shard:
-        error(f"--compute_dtype {args.compute_dtype} beside --dtype {args.dtype} needs --shard")
     if args.resume and args.eval_only:
         error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
+    if (args.compute_dtype or args.dtype) != args.dtype and not args.shard:
+        error(f"--compute_dtype {args.compute_dtype} beside --dtype {args.dtype} needs --shard")
 
 
 def phases(args):
@@ -245,8 +244,8 @@ def burst_due(run, step):
 
 def random_bursts(args):
     probes = range(args.probe_every, args.steps, args.probe_every)
-    bursts = min(len(probes), args.sft_budget // args.burst_rows)
-    return random.Random(f"{args.seed} bursts").sample(probes, bursts)
+    n = min(len(probes), args.sft_budget // args.burst_rows)
+    return random.Random(f"{args.seed} bursts").sample(probes, n)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,10 +260,8 @@ def start_processes(args):
         args.threads = 1  # vLLM's threads spin while they wait: 20 times slower if they compete
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    if args.model == "tiny" and not BASE.exists() and os.environ.get("RANK", "0") == "0":
-        make_base = Path(__file__).resolve().parent / "results" / "make_base.py"
-        subprocess.run([sys.executable, make_base, "--out", BASE], check=True)  # other ranks wait below
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    args.micro_tokens = args.micro_tokens or (16_384 if on_gpu else 4096)
     if on_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ or args.shard:       # FSDP needs a process group even for one process
@@ -281,33 +278,6 @@ def say(text):
         tqdm.write(text)
 
 
-def gather(items):
-    """[a, b] on rank 0, [c] on rank 1 -> [a, b, c] on both"""
-    if not dist.is_initialized():
-        return items
-    lists = [None] * world_size()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-
-def rank0_first(make):
-    """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all ranks with its
-    text."""
-    result = mistake = None
-    if rank() == 0:
-        try:
-            result = make()
-        except UserError as error:
-            mistake = str(error)
-    if dist.is_initialized():
-        outcome = [result, mistake]
-        dist.broadcast_object_list(outcome)
-        result, mistake = outcome
-    if mistake:
-        raise UserError(mistake)
-    return result
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. The model and its sampler
 
@@ -315,6 +285,8 @@ def rank0_first(make):
 def starting_point(args):
     """--model -> the folder or name to load"""
     if args.model == "tiny":
+        make = [sys.executable, Path(__file__).resolve().parent / "results" / "make_base.py", "--out", BASE]
+        rank0_first(lambda: BASE.exists() or subprocess.run(make, check=True).returncode)
         return str(BASE)
     is_run = (Path(args.model) / "checkpoints" / "latest").exists()
     return str(newest_checkpoint(args.model)) if is_run else args.model
@@ -344,7 +316,9 @@ def load_model(name, args, device):
 
 def make_engine(args, model, chat):
     if args.engine == "hf":
-        return HFEngine(model, chat.stop_ids)
+        room = args.max_total_tokens, args.kv_cache_gb, args.compute_dtype
+        slots = conversations_that_fit(model.config, *room)
+        return HFEngine(model, chat.stop_ids, slots, args.max_total_tokens)
     engine = VLLMEngine(model, chat.stop_ids, args.max_total_tokens, args.kv_cache_gb, args.compute_dtype)
     engine.sleep()  # until `sampling` wakes it: the probe and the trainer come first
     return engine
@@ -382,15 +356,13 @@ def evaluate(engine, chat, sets, world, args):
     for name, pairs in sets.items():
         work += [(name, task.env(syntax, world.eval_closing or args.closing)) for task, syntax in pairs]
     work, judged = my_share(work), []
-    size = max(1, args.prompts * args.group // world_size())  # as many at a time as a training step has
-    for part in [work[i:i + size] for i in range(0, len(work), size)]:
-        envs = [env for _, env in part]
-        begun = [begin(chat, env) for env in envs]
-        done = rollout(engine, chat, envs, limits_of(args), begun, temperature=0.0)
-        for (name, env), e in zip(part, done, strict=True):
-            messages = [parse(s.text, env.syntax, s.state != "cut") for s in e.spans if s.who == "model"]
-            verdicts = env.task.verdicts(env.syntax, messages, e.reward)
-            judged.append((name, verdicts | {"_clean": e.reward * is_clean(e.states)}, e.states))
+    envs = [env for _, env in work]
+    begun = [begin(chat, env) for env in envs]
+    done = rollout(engine, chat, envs, limits_of(args), begun, temperature=0.0)
+    for (name, env), e in zip(work, done, strict=True):
+        messages = [parse(s.text, env.syntax, s.state != "cut") for s in e.spans if s.who == "model"]
+        verdicts = env.task.verdicts(env.syntax, messages, e.reward)
+        judged.append((name, verdicts | {"_clean": e.reward * is_clean(e.states)}, e.states))
     judged, scores, states = gather(judged), {}, Counter()
     for name, verdicts, of_one in judged:
         for ending, score in verdicts.items():
@@ -430,32 +402,10 @@ def publish(path, write):
     os.replace(tmp, path)
 
 
-def checksum(path):
-    crc = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
 def write_atomically(path, text):
     tmp = Path(f"{path}.tmp")
     tmp.write_text(text)
     os.replace(tmp, path)
-
-
-def newest_checkpoint(out):
-    """runs/x -> runs/x/checkpoints/step-50, verified file by file"""
-    folder = Path(out) / "checkpoints"
-    path = folder / (folder / "latest").read_text().strip()
-    advice = f"point {folder / 'latest'} to an older step-N folder."
-    if not (path / "MANIFEST.json").exists():
-        raise UserError(f"the checkpoint {path} is missing; {advice}")
-    for name, (size, crc) in json.loads((path / "MANIFEST.json").read_text()).items():
-        file = path / name
-        if not file.exists() or file.stat().st_size != size or checksum(file) != crc:
-            raise UserError(f"the checkpoint file {file} is damaged; {advice}")
-    return path
 
 
 def save_checkpoint(run, step, alarm):
@@ -528,20 +478,6 @@ def check_run(args):
     return str(newest_checkpoint(out)) if (out / "checkpoints" / "latest").exists() else None
 
 
-def cut_log(path, step):
-    """Drop the lines of steps that the resumed run will do again (and a last line that was cut in the
-    middle)."""
-    records = read_records(path) if path.exists() else []
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records if record["step"] < step))
-
-
-def log_line(path, record):
-    if rank() == 0:
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
-        with open(path, "a") as f:
-            f.write(json.dumps(rounded) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 6. The run
 
@@ -568,7 +504,13 @@ def build(args, device):
     say(f"model: {start_from}, {millions:.2f} M parameters, {world_size()} process(es) on {device}")
     sets = evaluation_sets(world, args, "test" if args.eval_only else "validation")
     if args.eval_only:
-        evaluate_only(make_engine(args, model, chat), model, chat, sets, world, args)
+        refuse_long_prompts(chat, args, *sets.values())
+        with sampling(engine := make_engine(args, model, chat), model):
+            scores = evaluate(engine, chat, sets, world, args)
+        say(table({"score": scores}))
+        if args.out and rank() == 0:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(args.out) / "eval.json", json.dumps(scores, indent=1))
         return None
     if args.judge_url and args.signal == "prs":
         rank0_first(lambda: Judge(args.judge_url, args.judge_model).check())
@@ -601,21 +543,12 @@ def build(args, device):
     return run
 
 
-def evaluate_only(engine, model, chat, sets, world, args):
-    with sampling(engine, model):
-        scores = evaluate(engine, chat, sets, world, args)
-    say(table({"score": scores}))
-    if args.out and rank() == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(args.out) / "eval.json", json.dumps(scores, indent=1))
-
-
 def refuse_long_prompts(chat, args, *sets):
     for task, syntax in [pair for pairs in sets for pair in pairs]:
         length = len(chat.prompt(task.opening(syntax)))
         if length >= args.max_total_tokens:
-            raise UserError(f"the prompt of {task.id} has {length} tokens, which leaves no room for an answer "
-                            f"within --max_total_tokens {args.max_total_tokens}; raise it.")
+            raise UserError(f"the prompt of {task.id} has {length} tokens, which leaves no room for an "
+                            f"answer within --max_total_tokens {args.max_total_tokens}; raise it.")
 
 
 def look(run, step, last):
@@ -628,7 +561,7 @@ def look(run, step, last):
             found = rank0_first(lambda: probe(run.model, run.chat, run.probe_rows, args.micro_tokens,
                                               classes=run.classes, start=run.at_start))
         if args.alarm not in found:
-            raise UserError(f"--alarm {args.alarm} is not one of the probe's metrics: {', '.join(found)}")
+            raise UserError(f"--alarm {args.alarm} is about a place that --syntax {args.syntax} lacks.")
         was_on = run.alarm.on
         if run.alarm.update(found[args.alarm]) and not was_on:
             now, first = found[args.alarm], mean(run.alarm.first)
@@ -661,24 +594,19 @@ def enter_phase(run, parts):
 
 
 def share_rollouts(run, step, episodes, credit):
-    """All ranks see all rollouts, for the metrics and for the signal; of rank 0's the best, the worst, and
-    one with a malformed message are kept to be read. -> metrics"""
-    by_reward = sorted(episodes, key=lambda e: e.reward)
-    malformed = [e for e in episodes if not is_clean(e.states)]
-    picks = {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}
-    for e in picks.values():
-        log_line(Path(run.args.out) / "episodes.jsonl", {
-            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "reward": e.reward,
-            "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
-            "text": transcript(run.chat, e)})
+    """All ranks see all rollouts, for the metrics and for the signal; some of rank 0's are kept to be read"""
+    record_episodes(Path(run.args.out) / "episodes.jsonl", step, run.chat, episodes)
     everyones, credit = gather(episodes), gather(credit)
     run.signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
     return rollout_metrics(everyones, credit)
 
 
-def supervised_rows(run, log):
+def supervised_rows(run, log, needed=False):
     """The signal's rows of this moment, on all ranks"""
     rows, log["sft_rows_left_out"] = rank0_first(lambda: (run.signal.rows(), run.signal.left_out))
+    if needed and not rows:
+        raise UserError(f"--signal {run.args.signal} has no rows at step {log['step']}, and this step trains "
+                        "nothing else; use a schedule that begins with RL.")
     return rows
 
 
@@ -698,12 +626,13 @@ def train(run):
     """The main loop: one pass is one step of the paper."""
     args, model, optimizer, signal, progress = run.args, run.model, run.optimizer, run.signal, run.progress
     schedule, start = plan(args), progress.step
-    steps = tqdm(range(start, len(schedule)), args.out, len(schedule), initial=start,
-                 disable=None if rank() == 0 else True)  # None: a bar where the output is a terminal
-    for step in steps:
+    quiet = None if rank() == 0 else True        # None: a bar where the output is a terminal
+    for step in tqdm(range(start, len(schedule)), args.out, len(schedule), initial=start, disable=quiet):
         look(run, step, len(schedule))
-        began, parts = time.time(), ("phase", "rl") if burst_due(run, step) else schedule[step]
-        log, warm = {"step": step, "phase": "+".join(parts), "skipped_updates": 0}, enter_phase(run, parts)
+        began = time.time()
+        parts = ("phase", "rl") if burst_due(run, step) else schedule[step]
+        warm = enter_phase(run, parts)
+        log = {"step": step, "phase": run.progress.phase, "skipped_updates": 0}
 
         if "phase" in parts:
             # ---- a whole SFT phase, on the rows that the signal has now
@@ -732,19 +661,18 @@ def train(run):
             # ---- advantages: compared with the own group
             adv = advantages(credit, [e.group_id for e in episodes], args.only)
             # ---- policy updates; synchronous supervision is one more term of their loss
-            rows, skipped = supervised_rows(run, log) if "sft" in parts else [], log["skipped_updates"]
-            log |= policy_updates(model, optimizer, episodes, adv, args, lr=args.lr * warm, signal=signal,
-                                  reference=run.reference, chat=run.chat, rows=rows, position=progress.rows)
-            log["skipped_updates"] += skipped
+            rows = supervised_rows(run, log) if "sft" in parts else []
+            updates = policy_updates(
+                model, optimizer, episodes, adv, args, lr=args.lr * warm, signal=signal, chat=run.chat,
+                reference=run.reference, rows=rows, position=progress.rows)
+            updates["skipped_updates"] += log["skipped_updates"]     # those of a burst before
+            log |= updates
             progress.rl_steps += 1
             progress.rows += log["sft_visits"] if rows else 0
 
         elif "sft" in parts:
             # ---- one cross-entropy update on a batch of the signal's rows
-            rows = supervised_rows(run, log)
-            if not rows:
-                raise UserError(f"--signal {args.signal} has no rows at step {step}, and this step trains "
-                                "nothing else; use a schedule that begins with RL.")
+            rows = supervised_rows(run, log, needed=True)
             some = shuffled_passes(rows, progress.rows, args.sft_batch, f"{args.seed} rows")
             log |= sft_update(model, optimizer, some, args.sft_lr * warm, args.micro_tokens)
             log["sft_visits"] = len(some)
@@ -772,13 +700,15 @@ def main(argv=None):
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "config.json", json.dumps(run_config(args), indent=1))
-        for name in ("metrics.jsonl", "episodes.jsonl"):
-            cut_log(out / name, run.progress.step)
+        for path in (out / "metrics.jsonl", out / "episodes.jsonl"):
+            # Without the lines of steps that a resumed run will do again, and one that was cut in the middle.
+            kept = [r for r in (read_records(path) if path.exists() else []) if r["step"] < run.progress.step]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
     say(f"run folder: {out}, steps {run.progress.step} to {len(plan(args))}")
     train(run)
     if rank() == 0:
-        say(f"\n{summary(out)}\n\n{out}/metrics.jsonl: a line per step. {out}/episodes.jsonl: conversations.\n"
-            f"{out}/checkpoints/: Hugging Face format. python analyze_tokens.py {out}: all this over time.")
+        say(f"\n{summary(out)}\n\n{out}/metrics.jsonl: a line per step; episodes.jsonl: conversations; "
+            f"checkpoints/: Hugging Face format.\npython analyze_tokens.py {out}: all this over time")
 
 
 def cli(argv=None):

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from analyze_tokens import load, mean, places, token_classes  # noqa: E402
 from rollout import OPEN, Chat, HFEngine, Limits, begin, demonstrate, is_clean, parse, rollout  # noqa: E402
-from sft_step import optimizer_step, sft_backward  # noqa: E402
+from sft_step import optimizer_step, sft_backward, trunk  # noqa: E402
 from tools import TRAIN_CATEGORIES, UserError, make_tasks  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,8 @@ class Swapped:
     def __init__(self, host, donor, ids):
         self.host, self.donor, self.ids, self.device = host, donor, ids, host.device
         layers = host.config.num_hidden_layers + donor.config.num_hidden_layers
-        self.config = SimpleNamespace(num_hidden_layers=layers)
+        # "layout": this model needs no switching; `trunk` switches each of the two when it is asked
+        self.config = SimpleNamespace(num_hidden_layers=layers, _attn_implementation="layout")
 
     def eval(self):
         pass
@@ -125,11 +126,10 @@ class Swapped:
     def get_output_embeddings(self):
         return self._head
 
-    def _body(self, past_key_values, **kw):
-        behind = LayersBehind(past_key_values, self.host.config.num_hidden_layers)
-        one = self.host.get_decoder()(past_key_values=past_key_values, **kw).last_hidden_state
-        two = self.donor.get_decoder()(past_key_values=behind, **kw).last_hidden_state
-        return SimpleNamespace(last_hidden_state=torch.cat([one, two], -1))                      # [n, c, 2 D]
+    def _body(self, layout, **kw):
+        one = trunk(self.host, layout)                                                           # [1, T, D]
+        two = trunk(self.donor, LayersBehind(layout, self.host.config.num_hidden_layers))        # [1, T, D]
+        return SimpleNamespace(last_hidden_state=torch.cat([one, two], -1))                      # [1, T, 2 D]
 
     def _head(self, hidden):
         one, two = hidden.chunk(2, -1)
@@ -141,17 +141,14 @@ class Swapped:
         return p.log()
 
 
-@dataclass
 class LayersBehind:
-    """The SlotCache as the donor sees it: its layer 0 is number `first` there"""
-    cache: object
-    first: int
+    """A pass as the donor sees it: the same tokens, but its layer 0 is number `first` of the SlotCache"""
 
-    def update(self, k, v, layer, *args, **kwargs):
-        return self.cache.update(k, v, layer + self.first)
+    def __init__(self, layout, first):
+        self.ids, self.positions, self.layout, self.first = layout.ids, layout.positions, layout, first
 
-    def get_seq_length(self, layer=0):
-        return 0
+    def attend(self, layer, q, k, v, scale):
+        return self.layout.attend(self.first + layer, q, k, v, scale)
 
 
 # ------------------------------------------------------------------------------------------------------------

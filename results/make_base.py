@@ -1,5 +1,6 @@
-"""results/make_base.py -- the embedded base model: a tokenizer and a Qwen2 decoder made from nothing, pre-trained by
-supervision alone, with the same demonstrations, environment and cross-entropy as every other SFT run here.
+"""results/make_base.py -- the embedded base model: a tokenizer and a Qwen2 decoder made from nothing,
+pre-trained by supervision alone, with the same demonstrations, environment and cross-entropy as every other
+SFT run here.
 
     python results/make_base.py                          runs/tiny-base, about 4 minutes on two cores
     python results/make_base.py --malformed 0.005 --seed 1 --out runs/rare-base-1     then: train.py --model runs/rare-base-1
@@ -39,12 +40,12 @@ Write the cause and the right call. The last turn is not right. Write the cause,
 
 
 def tiny_tokenizer(more_text=""):
-    """The real Qwen2 tokenizer class with a small vocabulary: every word of the world is one token, all other text
-    falls apart into smaller pieces, at worst single bytes. Lossless; control tokens are one id each, as in Qwen2.5.
-    '{"name": "read_file"}' -> ['{"', 'name', '":', ' "', 'read', '_file', '"}']
+    """The real Qwen2 tokenizer class with a small vocabulary: every word of the world is one token, all other
+    text falls apart into smaller pieces, at worst single bytes. Lossless; control tokens are one id each, as
+    in Qwen2.5. '{"name": "read_file"}' -> ['{"', 'name', '":', ' "', 'read', '_file', '"}']
 
-    (It must BE that class: AutoTokenizer and vLLM choose the class by the model's type, and any other would be rebuilt
-    with Qwen2's splitting rule when the checkpoint is loaded, silently.)"""
+    (It must BE that class: AutoTokenizer and vLLM choose the class by the model's type, and any other would
+    be rebuilt with Qwen2's splitting rule when the checkpoint is loaded, silently.)"""
     texts = ["system\nuser\nassistant\n", WORDING, more_text]
     for category in TRAIN_CATEGORIES:
         for task in make_tasks("train", category, 300) + make_tasks("train", category, 300, held_out=True):
@@ -73,13 +74,13 @@ def tiny_tokenizer(more_text=""):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Demonstrations, with mistakes. Without wrong calls every rollout of a group succeeds, and there is nothing to
-#    compare; without malformed messages no control token ever has a wrong place to spike in.
+# 2. Demonstrations, with mistakes. Without wrong calls every rollout of a group succeeds, and there is
+#    nothing to compare; without malformed messages no control token ever has a wrong place to spike in.
 
 
 def noisy_script(task, syntax, rng, wrong, malformed):
-    """truth_script with mistakes: each call gets a wrong value or tool with probability `wrong`, each message is
-    malformed with probability `malformed`"""
+    """truth_script with mistakes: each call gets a wrong value or tool with probability `wrong`, each message
+    is malformed with probability `malformed`"""
     script = []
     for turn in task.turns:
         calls = [wrong_call(call, task, rng) if rng.random() < wrong else call for call in turn.calls]
@@ -138,7 +139,8 @@ def pretrain(chat, model, steps, noisy_steps, wrong, malformed, seed):
               twice as fast as on the full mixture
       full    clean demonstrations of every length
       noisy   some calls wrong, a few messages malformed: sets the start success, and gives the malformed messages a
-              small probability, as any real model does. Without them there is nothing for RL to (mis)credit."""
+              small probability, as any real model does. Without them there is nothing for RL to
+              (mis)credit."""
     clean = noisy_demonstrations(chat, min(6000, 32 * steps), f"clean {seed}")
     noisy = noisy_demonstrations(chat, 32 * noisy_steps, f"noisy {seed}", wrong, malformed)
     short = [row for row in clean if len(row.ids) <= 170]
@@ -148,7 +150,7 @@ def pretrain(chat, model, steps, noisy_steps, wrong, malformed, seed):
     for step in bar:
         rows = noisy if step >= steps else clean if step >= 0.7 * steps else short
         rows = [rows[(step * batch + i) % len(rows)] for i in range(batch)]
-        warm, decay = min(1, (step + 1) / 50), 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))       # to 10 %
+        warm, decay = min(1, (step + 1) / 50), 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))  # to 10 %
         set_lr(optimizer, peak * warm * decay)
         metrics = sft_backward(model, rows, micro_tokens=8192)
         optimizer_step(model, optimizer, metrics["sft_loss"])
@@ -169,6 +171,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.hidden % 32 or args.hidden < 32:
         p.error(f"--hidden {args.hidden} must be a multiple of 32")
+    if not (0 <= args.wrong <= 1 and 0 <= args.malformed <= 1 and args.steps >= 1 and args.noisy_steps >= 0):
+        p.error("--wrong and --malformed are probabilities, --steps at least 1, --noisy_steps at least 0")
     if Path(args.out).exists():
         p.error(f"--out {args.out} exists")
     print(f"pre-training the embedded model: {args.steps + args.noisy_steps} steps, once; it stays in {args.out}",

@@ -1,4 +1,5 @@
-"""results/plot.py -- runs side by side, drawn: reward, message states, the open tag with the alarm, how far the model moved.
+"""results/plot.py -- runs side by side, drawn: reward, message states, the open tag with the alarm, how far
+the model moved.
 
     python results/plot.py a.png runs/a runs/b           (run folders, their metrics.jsonl, or a study's CSV)
 """

@@ -18,7 +18,7 @@ import train
 from analyze_tokens import (Alarm, collapse, main, mean, probe, read_records, timeline, token_classes,
                             truth_logprobs)
 from autopsy import Swapped, knows, repaired, risers, two_rules
-from rollout import STATES, HFEngine, Limits, begin, demonstrate, rollout
+from rollout import STATES, HFEngine, Limits, begin, demonstrate, play, rollout
 from tools import make_tasks
 
 LIMITS = Limits(16, 48, 1024, 256)
@@ -32,7 +32,10 @@ def truths(chat, tasks, syntax="A"):
 
 
 def test_probe_slots_and_values(model, chat):
-    rows = truths(chat, make_tasks("test", "miss_param", 3))
+    tasks = make_tasks("test", "miss_param", 3)
+    rows = truths(chat, tasks)
+    rows.append(play(chat, tasks[0].env(), [["Done."]] * len(tasks[0].turns), LIMITS))   # behind a prompt
+    assert rows[3].ids[:rows[0].spans[0].end] == rows[0].ids[:rows[0].spans[0].end]      # that it shares
     out = probe(model, chat, rows, micro_tokens=600, chunk=7, start=truth_logprobs(model, rows, 600))
     tokens = {"open": "<tool_call>", "close": "</tool_call>", "end": "<|im_end|>", "start": "<|im_start|>"}
     ids = {c: chat.tokenizer.convert_tokens_to_ids(token) for c, token in tokens.items()}
@@ -161,6 +164,9 @@ def test_swapped_models(model, chat, tokenizer):
     assert said(Swapped(model, model, control), chat, tasks) == alone
     everything = list(range(len(tokenizer)))
     assert said(Swapped(model, donor, everything), chat, tasks) == said(donor, chat, tasks) != alone
+    deep = make_base.tiny_model(len(tokenizer), 64, 3, seed=6).eval()    # its layers stand behind the host's
+    assert said(Swapped(model, deep, everything), chat, tasks) == said(deep, chat, tasks)
+    assert said(Swapped(deep, model, []), chat, tasks) == said(deep, chat, tasks)
     h, g = torch.randn(5, 64), torch.randn(5, 64)
     p, q = (torch.softmax(m.get_output_embeddings()(x).double(), -1) for m, x in ((model, h), (donor, g)))
     mixed = Swapped(model, donor, control).get_output_embeddings()(torch.cat([h, g], -1)).exp()

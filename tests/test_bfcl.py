@@ -25,7 +25,8 @@ from conftest import ROOT
 import supervision
 import tools
 import train
-from rollout import Chat, Limits, Message, demonstrate, parse, play, truth_script, write_calls
+from rollout import (Chat, Limits, Message, Said, demonstrate, parse, play, truth_script,
+                     write_calls)
 from supervision import HBG, cause, reflect_error, reflect_whole, reflection_prompts
 from tools import (CATEGORIES, TRAIN_CATEGORIES, BfclWorld, Env, UserError, bfcl_stories, coerce,
                    read_json_lines)
@@ -542,11 +543,10 @@ def test_acebench_scores(ace_folder, folder, tmp_path, monkeypatch, n, solved):
     def engine(args, model, chat):
         said = chat.message("[weather(city='New York')]")
 
-        def generate(requests, temperature):
-            assert temperature == 0
-            return [(said, [0.0] * len(said)) for _ in requests]
-        nothing = lambda *args: None
-        return SimpleNamespace(load=nothing, sleep=nothing, reset=nothing, generate=generate)
+        keys, nothing = [], lambda *args: None
+        collect = lambda: [Said(keys.pop(), list(said), [0.0] * len(said))]
+        return SimpleNamespace(load=nothing, sleep=nothing, reset=nothing, add=lambda r: keys.append(r.key),
+                               collect=collect)
     monkeypatch.setattr(train, "make_engine", engine)
     out = tmp_path / "ace.json"
     args = ["--model", "runs/first", "--data", str(ace_folder), "--n", n, "--out", str(out)]

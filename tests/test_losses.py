@@ -1,7 +1,9 @@
 """Every loss against an independent float64 reference written out by hand (plain Python loops, one token at a
 time), and the invariances: chunks, micro-batches, processes."""
 import copy
+import inspect
 import math
+import random
 import re
 import time
 from types import SimpleNamespace
@@ -9,21 +11,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import sft_step
 from conftest import ROOT
 
 from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
                      set_old_logprobs)
 from rollout import Episode
-from sft_step import at_trained, micro_batches, optimizer_step, padded, sft_backward, token_logprobs
+from sft_step import Family, Layout, at_trained, micro_batches, optimizer_step, sft_backward, token_logprobs
 
 
 def episodes(seed=0, n=8, vocab=500, groups=2):
-    """Random rows of different lengths; masks with gaps, as multi-turn masks have. p_old is the sampler's."""
+    """Random rows of different lengths, those of a group behind one prompt; masks with gaps, as multi-turn
+    masks have. p_old is the sampler's."""
     rng, rows = np.random.default_rng(seed), []
+    prompts = rng.integers(7, vocab, (groups, 5)).tolist()
     for i in range(n):
         e = Episode(f"t{i}", i * groups // n, i)
-        e.append(rng.integers(7, vocab, 5).tolist(), "prompt", 0)
+        e.append(prompts[e.group_id], "prompt", 0)
         for turn in range(rng.integers(1, 4)):
             said = rng.integers(7, vocab, rng.integers(1, 9)).tolist()
             e.append(said, "model", turn, (-rng.random(len(said)) * 12).tolist())
@@ -74,6 +81,19 @@ def test_chunked_logprobs_values_and_gradients(model, chunk):
     assert close(ours, plain)
     with torch.no_grad():                        # nothing to compute again: another path
         assert torch.equal(token_logprobs(model, rows, chunk).logp, scored.logp)
+
+
+def test_chunks_go_by_the_bytes_of_their_logits(model, monkeypatch):
+    """Room for the logits of three tokens, float32: 3, 3, ..., and the rest; never less than one"""
+    rows, sizes, real = episodes(), [], sft_step._logp_chunk
+    monkeypatch.setattr(sft_step, "_logp_chunk", lambda h, *args: sizes.append(len(h)) or real(h, *args))
+    n, vocab = sum(sum(r.mask) for r in rows), len(model.get_output_embeddings().weight)
+    with torch.no_grad():
+        for room, size in ((3 * 4 * vocab, 3), (4 * 4 * vocab - 1, 3), (1, 1)):
+            monkeypatch.setitem(sft_step.CHUNK_BYTES, "cpu", room)
+            token_logprobs(model, rows)
+            assert set(sizes[:-1]) == {size} and sum(sizes) == n
+            sizes.clear()
 
 
 def test_cross_entropy(model):
@@ -127,22 +147,195 @@ def test_first_token_is_never_trained(model):
         token_logprobs(model, [SimpleNamespace(ids=[8, 9], mask=[1, 1])])
 
 
-def test_micro_batches():
-    rows = [SimpleNamespace(ids=[0] * n) for n in (9, 2, 3, 30)]
-    lengths = lambda batches: [[len(r.ids) for r in batch] for batch in batches]
-    assert lengths(micro_batches(rows, 10)) == [[2, 3], [9], [30]]   # a long row goes alone
-    assert lengths(micro_batches(rows, 27)) == [[2, 3, 9], [30]]     # 3 x 9: padding counts
-    assert lengths(micro_batches(rows, 26)) == [[2, 3], [9], [30]]
-    assert micro_batches([], 10) == []
-    assert micro_batches([(9, "a"), (2, "b")], 10, length=lambda pair: pair[0]) == [[(2, "b")], [(9, "a")]]
-
-
-def test_padding_and_trained_tokens():
+def test_trained_tokens():
     rows = [SimpleNamespace(ids=[7, 8, 9], mask=[0, 1, 1], logprobs=[0, -0.1, -0.2]),
             SimpleNamespace(ids=[7, 5], mask=[0, 1], logprobs=[0, -0.3])]
-    assert padded([r.ids for r in rows], "cpu").tolist() == [[7, 8, 9], [7, 5, 0]]
     assert at_trained(rows, "logprobs", "cpu").tolist() == pytest.approx([-0.1, -0.2, -0.3])
     assert at_trained(rows, "ids", "cpu").tolist() == [8, 9, 5]
+
+
+# --- the layout of a training pass --------------------------------------------------------------------------
+EXAMPLE = [SimpleNamespace(ids=[1, 2, 3, 7, 8], mask=[0, 0, 0, 1, 1]),           # the docstring's
+           SimpleNamespace(ids=[1, 2, 3, 9], mask=[0, 0, 0, 1]),
+           SimpleNamespace(ids=[4, 5, 6], mask=[0, 0, 1])]
+
+
+def uneven_rows(vocab=500):
+    """A group of four (one says a single token, two say the same), a group of two behind a prompt of one
+    token, two rows on their own, and two whose prompts only begin alike; shuffled."""
+    rng = np.random.default_rng(3)
+    say = lambda n: rng.integers(7, vocab, n).tolist()
+    rows, long, short, alike = [], say(6), say(1), say(4)
+    for prompt, masks in ((long, ([1], [1, 1, 0, 1], [1] * 9)), (short, ([1, 0, 0], [1, 1, 0, 1, 1])),
+                          (say(2), ([1, 1],)), (say(11), ([1, 0, 1],)), (alike, ([1, 1, 1],)),
+                          (alike[:3] + say(1), ([1, 1],))):
+        for mask in masks:
+            ids = prompt + say(len(mask))
+            rows.append(SimpleNamespace(ids=ids, mask=[0] * len(prompt) + mask))
+    rows.append(copy.deepcopy(rows[1]))
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def test_layout_of_the_docstring():
+    layout = Layout(EXAMPLE, "cpu")
+    assert layout.ids.tolist() == [[1, 2, 3, 7, 8, 9, 4, 5, 6]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert layout.place == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8]]
+    assert layout.families == [Family(3, [2, 1]), Family(0, [3])]
+    other = Layout([EXAMPLE[1], EXAMPLE[2], EXAMPLE[0]], "cpu")      # a prompt's rows need not stand together
+    assert other.ids.tolist() == [[1, 2, 3, 9, 7, 8, 4, 5, 6]]
+    assert other.positions.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
+    assert other.place == [[0, 1, 2, 3], [6, 7, 8], [0, 1, 2, 4, 5]]
+    assert other.families == [Family(3, [1, 2]), Family(0, [3])]
+
+
+def test_segments_of_the_docstring():
+    """prompt, two continuations behind it, a row of its own: as many queries each, and whose keys they
+    see"""
+    keys, cuts_q, cuts_k, longest_q, longest_k = Layout(EXAMPLE, "cpu")._segments("cpu")
+    assert keys.tolist() == [0, 1, 2] + [0, 1, 2, 3, 4] + [0, 1, 2, 5] + [6, 7, 8]
+    assert cuts_q.tolist() == [0, 3, 5, 6, 9] and cuts_k.tolist() == [0, 3, 8, 12, 15]
+    assert (longest_q, longest_k) == (3, 5)
+    assert cuts_q.dtype == cuts_k.dtype == torch.int32               # the kernel takes nothing else
+
+
+def test_every_token_of_a_layout_is_where_it_says():
+    for rows in (episodes(), uneven_rows()):
+        layout = Layout(rows, "cpu")
+        for row, place in zip(rows, layout.place, strict=True):
+            assert layout.ids[0, place].tolist() == row.ids
+            assert layout.positions[0, place].tolist() == list(range(len(row.ids)))
+        used = {line for place in layout.place for line in place}
+        assert used == set(range(layout.ids.shape[1]))               # and no token is there for nothing
+
+
+def by_hand(q, k, v, scale):
+    """q [n, heads, d], k and v [m, kv_heads, d], of whose last n tokens q asks -> [n, heads, d]"""
+    times = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
+    scores, n, m = torch.einsum("nhd,mhd->hnm", q, k) * scale, len(q), len(k)
+    for i in range(n):
+        scores[:, i, m - n + i + 1:] = -torch.inf
+    return torch.einsum("hnm,mhd->nhd", torch.softmax(scores, -1), v)
+
+
+def varlen_by_hand(q, k, v, cuts_q, cuts_k, longest_q, longest_k, **options):
+    """What the kernel, which needs a GPU, makes of the same arguments"""
+    inspect.signature(varlen_attn).bind(q, k, v, cuts_q, cuts_k, longest_q, longest_k, **options)
+    assert options.pop("window_size") == (-1, 0) and options.pop("enable_gqa")   # causal, aligned at the ends
+    out = []
+    for a, b, c, d in zip(cuts_q, cuts_q[1:], cuts_k, cuts_k[1:]):
+        assert b - a <= longest_q and d - c <= longest_k
+        out.append(by_hand(q[a:b], k[c:d], v[c:d], **options))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kernel", ["_attend_families", "_attend_varlen"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_in_a_layout_is_that_of_each_row_alone(monkeypatch, kernel, kv_heads):
+    monkeypatch.setattr(sft_step, "varlen_attn", varlen_by_hand)
+    gen = torch.Generator().manual_seed(0)
+    for rows in (EXAMPLE, uneven_rows(), uneven_rows()[:1]):
+        layout = Layout(rows, "cpu")
+        length = layout.ids.shape[1]
+        q, k, v = (torch.randn(length, heads, 8, generator=gen) for heads in (4, kv_heads, kv_heads))
+        out = getattr(layout, kernel)(q, k, v, 0.3)
+        assert out.shape == q.shape
+        for place in layout.place:
+            assert torch.allclose(out[place], by_hand(q[place], k[place], v[place], 0.3), atol=1e-5)
+
+
+def grouped_model(tokenizer):
+    """Two query heads per key head"""
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)).eval()
+
+
+@pytest.mark.parametrize("kernel", ["_attend_families", "_attend_varlen"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_layout_scores_and_trains_like_row_by_row(model, tokenizer, monkeypatch, grouped, checkpointing,
+                                                    kernel):
+    """Against the same weights in float64 and with another attention, every row alone; then the rows in
+    another order."""
+    monkeypatch.setattr(sft_step, "varlen_attn", varlen_by_hand)
+    monkeypatch.setattr(Layout, "_attend_families", getattr(Layout, kernel))
+    ours, passes = grouped_model(tokenizer) if grouped else copy.deepcopy(model), []
+    reference = copy.deepcopy(ours).double()
+    reference.set_attn_implementation("eager")
+    if checkpointing:
+        ours.train()                             # (no dropout in these models)
+        ours.gradient_checkpointing_enable()
+    ours.get_decoder().layers[1].self_attn.register_forward_hook(lambda *args: passes.append(args))
+    rows = uneven_rows()
+    weights = torch.linspace(-1, 1, sum(sum(r.mask) for r in rows), dtype=torch.float64)
+    expected, _ = reference_logprobs(reference, rows)
+    (expected * weights).sum().backward()
+    scored = token_logprobs(ours, rows, 5)
+    (scored.logp * weights.float()).sum().backward()
+    assert torch.allclose(scored.logp.double(), expected, atol=1e-5)
+    assert close([p.grad.double() for p in ours.parameters()], [p.grad for p in reference.parameters()])
+    assert len(passes) == 1 + checkpointing      # one forward pass for all rows; another one in backward
+    assert scored.owner.tolist() == [i for i, r in enumerate(rows) for m in r.mask if m]
+    parts = expected.split([sum(r.mask) for r in rows])
+    again = token_logprobs(ours, rows[::-1], 5).logp.double()
+    assert torch.allclose(again, torch.cat(parts[::-1]), atol=1e-5)
+
+
+def test_rows_do_not_see_each_other(model):
+    """Another token in one continuation: its own row changes from there on, all other rows not at all."""
+    rows = uneven_rows()
+    with torch.no_grad():
+        before = token_logprobs(model, rows)
+        for i, row in enumerate(rows):
+            changed = copy.deepcopy(rows)
+            first = row.mask.index(1)
+            changed[i].ids[first] = row.ids[first] + 1
+            after = token_logprobs(model, changed)
+            others = before.owner != i
+            assert torch.equal(after.logp[others], before.logp[others])
+            assert (after.logp[~others] != before.logp[~others]).all()
+
+
+def test_without_a_layout_attention_is_plain(model):
+    """The passes that know nothing of layouts: whole conversations by `model(ids)`, and a model that somebody
+    loads again."""
+    ours, other = copy.deepcopy(model), copy.deepcopy(model)
+    token_logprobs(ours, EXAMPLE)                # switches the model to layouts
+    other.set_attn_implementation("eager")
+    ids = torch.arange(20, 60).view(2, 20)
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, other(ids).logits, atol=1e-5)
+    assert "layout" not in ours.config.to_json_string()
+
+
+def test_micro_batches():
+    """A prompt counts once where its rows stand together."""
+    first, second = [SimpleNamespace(ids=[1] * 5 + [7] * n, mask=[0] * 5 + [1] * n) for n in (4, 3)]
+    third = SimpleNamespace(ids=[9] * 9, mask=[1] * 9)
+    assert micro_batches([first, second, third], 14) == [[first, second], [third]]   # the docstring's
+    assert micro_batches([first, third, second], 14) == [[first, second], [third]]   # prompt by prompt
+    assert micro_batches([third, first, second], 17) == [[third], [first, second]]
+    assert micro_batches([first, second, third], 21) == [[first, second, third]]     # 5 + 4 + 3 + 9
+    assert micro_batches([first, second, third], 20) == [[first, second], [third]]
+    assert micro_batches([first, second, third], 12) == [[first, second], [third]]   # 5 + 4 + 3
+    assert micro_batches([first, second, third], 11) == [[first], [second], [third]]
+    assert micro_batches([first, second, third], 1) == [[first], [second], [third]]  # a long row goes alone
+    assert micro_batches([first, second, first, second], 16) == [[first, second, first], [second]]
+    assert micro_batches([], 10) == []
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 25, 40, 1000])
+def test_micro_batches_hold_every_row_once_and_keep_the_limit(max_tokens):
+    for rows in (episodes(), uneven_rows()):
+        batches = micro_batches(rows, max_tokens)
+        ids = [id(row) for batch in batches for row in batch]
+        assert sorted(ids) == sorted(map(id, rows))
+        for batch in batches:
+            assert Layout(batch, "cpu").ids.shape[1] <= max_tokens or len(batch) == 1
 
 
 # --- advantages ---------------------------------------------------------------------------------------------
@@ -297,7 +490,7 @@ def test_rl_backward_equals_reference(model, monkeypatch, kind, kl, kl_weight):
 
     expected, grads = gradients(model, plain)
     options = dict(loss=kind, kl=kl, kl_weight=kl_weight, reference=reference)
-    for micro_tokens in (1, 100, 10_000):                            # 8 micro-batches of 1, some of 3, 1 of 8
+    for micro_tokens in (1, 60, 10_000):         # every row alone, groups cut in two, all rows together
         options["micro_tokens"] = micro_tokens
         metrics, ours = gradients(model, lambda m: rl_backward(m, rows, adv, **options))
         assert metrics["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-7)

@@ -1,12 +1,15 @@
 """Text <-> ids, masks, limits, the sampler. A mock engine says literal messages; the ids are checked one by
 one."""
 import copy
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rollout import (TEMPLATES, Chat, Episode, HFEngine, Limits, Request, begin, demonstrate, play, reencoded,
-                     rollout, transcript, truth_script, write_calls)
+from analyze_tokens import transcript
+from rollout import (TEMPLATES, Chat, Episode, HFEngine, Limits, Request, Said, begin, conversations_that_fit,
+                     demonstrate, play, reencoded, rollout, truth_script, write_calls)
 from tools import DOCS, Env, Task, Turn, UserError, make_tasks
 
 LIMITS = Limits(steps=20, message=64, total=1024, observation=256)
@@ -22,23 +25,30 @@ class MockEngine:
     """Says the given ids, message by message, and checks that every context only ever grows."""
 
     def __init__(self, messages):
-        self.messages, self.seen, self.resets = list(messages), [], 0
+        self.messages, self.seen, self.said, self.resets = list(messages), [], [], 0
 
-    def reset(self):
+    def reset(self, temperature=1.0):
         self.resets += 1
 
-    def generate(self, requests, temperature):
-        assert len(requests) == 1
+    def add(self, request):
+        assert request.key == 0 and not self.said, "one conversation: one message at a time"
         if self.seen:
-            assert requests[0].ids[:len(self.seen)] == self.seen, "ids were rewritten, not appended"
-        ids = self.messages.pop(0)[:requests[0].limit]
-        self.seen = requests[0].ids + ids
-        return [(ids, [-0.5] * len(ids))]
+            assert request.ids[:len(self.seen)] == self.seen, "ids were rewritten, not appended"
+        ids = self.messages.pop(0)[:request.limit]
+        self.seen = request.ids + ids
+        self.said.append(Said(0, ids, [-0.5] * len(ids)))
+
+    def collect(self):
+        assert self.said, "nobody speaks: a real engine would wait forever"
+        said, self.said = self.said, []
+        return said
 
 
 def roll(chat, messages, limits=LIMITS, closing="lenient"):
-    env = Env(task(), closing=closing)
-    return rollout(MockEngine(messages), chat, [env], limits, [begin(chat, env, 3)])[0]
+    env, engine = Env(task(), closing=closing), MockEngine(messages)
+    episode, = rollout(engine, chat, [env], limits, [begin(chat, env, 3)])
+    assert engine.resets == 2                        # nothing is left of whoever came before, nor of this one
+    return episode
 
 
 def test_literal_tokens_and_mask(chat):
@@ -163,7 +173,7 @@ def test_demonstration_that_is_no_ground_truth_is_refused(chat):
     del wrong.docs["check_balance"]                  # withheld, but needed
     with pytest.raises(UserError, match=r"of t is graded as wrong \(user turn 0\); leave that task out"):
         demonstrate(chat, wrong, "A", LIMITS)
-    with pytest.raises(UserError, match=r"does not fit into the limits \(step_limit\); raise --max_total"):
+    with pytest.raises(UserError, match=r"does not fit .*\(step_limit\).*--max_total_tokens"):
         demonstrate(chat, task(), "A", Limits(2, 64, 1024, 256))
 
 
@@ -253,47 +263,131 @@ def test_tokenizer_without_control_tokens_is_refused():
 
 
 # --- the sampler --------------------------------------------------------------------------------------------
-def plain_logprobs(model, ids, start):
+def plain_logprobs(model, ids, start, temperature=1.0):
     """log p of ids[start:], by one forward pass over everything, in float64 from the logits on."""
     with torch.no_grad():
-        logits = model(torch.tensor([ids])).logits[0].double()
+        logits = model(torch.tensor([ids])).logits[0].double() / temperature
     return torch.log_softmax(logits[start - 1:-1], -1)[range(len(ids) - start), ids[start:]].tolist()
 
 
-def test_engine_equals_plain_forward(model, chat):
-    """Three turns of three conversations of different lengths (two share the prompt): every sampled token's
-    log-probability equals that of a pass from scratch. So cache, masks, positions and swaps are right."""
-    engine = HFEngine(model, {chat.end_id})
+def say(engine, requests, temperature=1.0):
+    """One message of each conversation -> [Said], in the order of the requests"""
+    engine.reset(temperature)
+    return go_on(engine, requests)
+
+
+def go_on(engine, requests):
+    """The same without a reset: the engine may still know something"""
+    for request in requests:
+        engine.add(request)
+    said = {}
+    while len(said) < len(requests):
+        for one in engine.collect():
+            said[one.key] = one
+    return [said[request.key] for request in requests]
+
+
+def converse(engine, talks, limits, messages, answer, temperature=1.0):
+    """talks {key: ids} go on, each at its own pace: messages[key] times at most limits[key] tokens, with
+    answer(key) in between. -> {key: [(where the message begins, its ids, its logprobs)]}"""
+    heard, left = {key: [] for key in talks}, dict(messages)
+
+    def next_message(key):
+        engine.add(Request(key, talks[key], limits[key], (left[key], key)))
+    engine.reset(temperature)
+    for key in talks:
+        next_message(key)
+    while any(left.values()):
+        for said in reversed(engine.collect()):      # the order of the answers is free
+            heard[said.key].append((len(talks[said.key]), said.ids, said.logprobs))
+            talks[said.key] += said.ids
+            left[said.key] -= 1
+            if left[said.key]:
+                talks[said.key] += answer(said.key)
+                next_message(said.key)
+    return heard
+
+
+def equal_plain_forward(model, talks, heard, temperature=1.0, tol=2e-5):
+    """Every sampled token's log-probability = that of a pass from scratch"""
+    for key, messages in heard.items():
+        for start, ids, logprobs in messages:
+            expected = plain_logprobs(model, talks[key][:start + len(ids)], start, temperature)
+            assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=tol)
+
+
+class Noted:
+    """A real engine, and the order in which messages begin and end"""
+
+    def __init__(self, engine):
+        self.engine, self.events = engine, []
+
+    def reset(self, temperature=1.0):
+        self.engine.reset(temperature)
+
+    def add(self, request):
+        self.events.append(("begins", request.key))
+        self.engine.add(request)
+
+    def collect(self):
+        said = self.engine.collect()
+        self.events += [("ended", one.key) for one in said]
+        return said
+
+
+class Watched(HFEngine):
+    """A real engine, and per pass: which conversations are live, which are fed, and how many tokens pass"""
+
+    def __init__(self, *args, **kw):
+        self.live_keys, self.fed_keys, self.tokens = [], [], []
+        super().__init__(*args, **kw)
+
+    def _pass(self):
+        keys = [talk.request.key for talk in self.live]
+        said = super()._pass()
+        self.live_keys.append(keys)
+        self.fed_keys.append([keys[slot] for slot in self.cache.fed.tolist()])
+        self.tokens.append(self.cache.ids[0].tolist())
+        assert self.cache.kv.shape[2] == self.cache.n_slots >= len(keys)
+        return said
+
+
+def short_prompts(chat, n):
+    """-> {key: ids}, of different lengths"""
+    return {key: chat.prompt([{"role": "user", "content": "read the plan " * (key % 3)}]) for key in range(n)}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_engine_equals_plain_forward(model, chat, temperature):
+    """Up to three turns of four conversations at their own pace (two share the prompt, one ends early, one
+    begins alone): cache, masks, positions, slots that are filled from behind."""
     a = chat.prompt([{"role": "user", "content": "read"}])
     b = chat.prompt([{"role": "user", "content": "check the balance now"}])
-    talks = {0: list(a), 1: list(b), 2: list(a)}
-    for turn in range(3):
-        keys = [0, 1, 2] if turn < 2 else [2, 0]     # conversation 1 is over; the order may change
-        requests = [Request(k, list(talks[k]), (9, 30, 17)[k], (turn, k)) for k in keys]
-        for k, (ids, logprobs) in zip(keys, engine.generate(requests)):
-            talks[k] += ids
-            assert 1 <= len(ids) <= (9, 30, 17)[k] and chat.end_id not in ids[:-1]
-            expected = plain_logprobs(model, talks[k], len(talks[k]) - len(ids))
-            assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=2e-5)
-            talks[k] += chat.observation("plan" * (k + 1))
+    talks = {0: list(a), 1: list(b), 2: list(a), 3: list(b) + list(a)}
+    limits, messages = {0: 9, 1: 30, 2: 17, 3: 5}, {0: 3, 1: 2, 2: 3, 3: 1}
+    heard = converse(HFEngine(model, {chat.end_id}), talks, limits, messages,
+                     lambda key: chat.observation("plan" * (key + 1)), temperature)
+    assert {key: len(said) for key, said in heard.items()} == messages
+    for key, said in heard.items():
+        for _, ids, logprobs in said:
+            assert 1 <= len(ids) <= limits[key] and chat.end_id not in ids[:-1] and len(logprobs) == len(ids)
+    equal_plain_forward(model, talks, heard, temperature)
     assert talks[0] != talks[2], "same prompt, other seed: another sample"
 
 
 def test_engine_with_grouped_heads_and_growing_cache(tokenizer, chat):
-    """Fewer key heads than query heads; a conversation that outgrows the cache's first allocation."""
+    """Fewer key heads than query heads; a conversation that outgrows the cache's first allocation, beside one
+    that is over by then."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)).eval()
-    engine, ids = HFEngine(model, {chat.end_id}), chat.prompt([{"role": "user", "content": "read"}])
-    for turn in range(3):
-        (out, logprobs), = engine.generate([Request(0, list(ids), 150, (turn,))])
-        ids += out
-        expected = plain_logprobs(model, ids, len(ids) - len(out))
-        assert torch.allclose(torch.tensor(logprobs), torch.tensor(expected), atol=2e-5)
-        ids += chat.observation("plan")
-    assert len(ids) > 400
+    talks = short_prompts(chat, 2)
+    heard = converse(HFEngine(model, set()), talks, {0: 60, 1: 150}, {0: 2, 1: 3},
+                     lambda key: chat.observation("plan"))
+    equal_plain_forward(model, talks, heard)
+    assert len(talks[0]) > 120 and len(talks[1]) > 450
 
 
 def test_sliding_windows_are_refused():
@@ -307,11 +401,94 @@ def test_sliding_windows_are_refused():
 
 def test_greedy_is_argmax(model, chat):
     ids = chat.prompt([{"role": "user", "content": "check the balance"}])
-    (out, _), = HFEngine(model, {chat.end_id}).generate([Request(0, ids, 12, (0,))], temperature=0.0)
-    for token in out:
+    said, = say(HFEngine(model, {chat.end_id}), [Request(0, ids, 12, (0,))], temperature=0.0)
+    assert said.logprobs == pytest.approx(plain_logprobs(model, ids + said.ids, len(ids)), abs=2e-5)
+    for token in said.ids:
         with torch.no_grad():
             assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
         ids = ids + [token]
+
+
+def test_constrained_decoding(model, chat):
+    """A rule sees what each message has said so far, and its word is final."""
+    def counts(logits, said):                    # [n, V], the n messages so far
+        allowed = torch.full_like(logits, -torch.inf)
+        for line, ids in enumerate(said):
+            allowed[line, 10 + len(ids)] = 0
+        return logits + allowed
+    engine = HFEngine(model, {14})
+    engine.rule = counts
+    for temperature in (0.0, 1.0):
+        talks = short_prompts(chat, 2)
+        heard = converse(engine, talks, {0: 3, 1: 9}, {0: 2, 1: 1}, lambda key: [9], temperature)
+        assert [ids for _, ids, _ in heard[0]] == [[10, 11, 12], [10, 11, 12]]   # the limit cuts it
+        assert [ids for _, ids, _ in heard[1]] == [[10, 11, 12, 13, 14]]         # its end token is 14
+        assert heard[0][1][2] == [0.0] * 3       # of the distribution sampled from
+
+
+def test_a_stream_waits_for_nobody(model, chat):
+    """Four messages of three tokens beside one of 40: each begins while the long one is in the making, and
+    says what it says without it."""
+    prompts, answer = short_prompts(chat, 2), lambda key: chat.observation("plan")
+    limits, messages, together = {0: 3, 1: 40}, {0: 4, 1: 1}, copy.deepcopy(prompts)
+    engine = Noted(HFEngine(model, set()))
+    heard = converse(engine, together, limits, messages, answer)
+    assert engine.events == [
+        ("begins", 0), ("begins", 1), ("ended", 0), ("begins", 0), ("ended", 0), ("begins", 0), ("ended", 0),
+        ("begins", 0), ("ended", 0), ("ended", 1)]
+    equal_plain_forward(model, together, heard)
+    for key in (0, 1):
+        alone = {key: list(prompts[key])}
+        converse(HFEngine(model, set()), alone, limits, {key: messages[key]}, answer)
+        assert alone[key] == together[key]
+
+
+def test_who_is_not_continued_is_forgotten(model, chat):
+    """Its slot is filled from behind, and if it comes back, it begins anew."""
+    engine, talks = Watched(model, set()), short_prompts(chat, 4)
+    for key, limit in enumerate((1, 2, 6, 6)):
+        engine.add(Request(key, talks[key], limit, (key,)))
+    said, = engine.collect()
+    assert said.key == 0 and engine.live_keys == [[0, 1, 2, 3]]
+    talks[0] = first = talks[0] + said.ids + [9]
+    said, = engine.collect()                     # 0 was not continued
+    assert said.key == 1 and engine.live_keys[1:] == [[3, 1, 2]]
+    talks[1] = talks[1] + said.ids + [9]
+    engine.add(Request(0, talks[0], 2, (5,)))    # it comes back: all of it is computed again
+    engine.add(Request(1, talks[1], 2, (6,)))    # it goes on: its last token, and the answer
+    heard = {one.key: one for one in engine.collect()}
+    assert engine.live_keys[2:] == [[3, 1, 2, 0]] * 2 and engine.fed_keys[2:] == [[3, 1, 2, 0]] * 2
+    assert len(engine.tokens[2]) == 1 + 2 + 1 + len(first) and len(engine.tokens[3]) == 4
+    assert heard.keys() == {0, 1}
+    heard |= {one.key: one for one in engine.collect()}
+    assert heard.keys() == {0, 1, 2, 3} and engine.live_keys[4:] == [[3, 2]] * 2
+    for key, one in heard.items():
+        expected = plain_logprobs(model, talks[key] + one.ids, len(talks[key]))
+        assert one.logprobs == pytest.approx(expected, abs=2e-5)
+
+
+def test_reset_forgets_messages_in_the_making(model, chat):
+    talks, engine = short_prompts(chat, 3), HFEngine(model, set(), slots=2)
+    todo = [Request(key, ids, 1 + 20 * key, (key,)) for key, ids in talks.items()]
+    for request in (*todo[:2], Request(7, [9, 9], 1, (7,))):
+        engine.add(request)
+    assert [said.key for said in engine.collect()] == [0]            # 1 has begun, 7 waits for a slot
+    engine.add(Request(0, talks[0] + [9], 5, (9,)))
+    fresh = say(HFEngine(model, set()), todo)
+    assert [said.ids for said in say(engine, todo)] == [said.ids for said in fresh]
+
+
+def six_rollouts(engine, chat, seed=5):
+    envs = [Env(task) for task in make_tasks("test", "base", 6)]
+    return rollout(engine, chat, envs, Limits(4, 20, 512, 64),
+                   [begin(chat, env, i) for i, env in enumerate(envs)], seed=(seed,))
+
+
+def every_seventh(chat):
+    """Stop ids: a random model hardly ever says the end token"""
+    other = copy.copy(chat)
+    other.stop_ids = set(range(0, len(chat.tokenizer), 7))
+    return other
 
 
 def test_samples_do_not_depend_on_the_batch(model, chat):
@@ -327,11 +504,65 @@ def test_samples_do_not_depend_on_the_batch(model, chat):
     assert again[0].ids != together[0].ids           # another sample of the group draws other numbers
 
 
+def test_fewer_slots_than_conversations(model, chat):
+    """Two at a time: the others wait until somebody is over, and say the same. Who has begun keeps its
+    slot."""
+    chat = every_seventh(chat)
+    all_at_once = six_rollouts(HFEngine(model, chat.stop_ids), chat)
+    assert len({len(e.states) for e in all_at_once}) > 1
+    engine = Watched(model, chat.stop_ids, slots=2)
+    episodes = six_rollouts(engine, chat)
+    assert [e.ids for e in episodes] == [e.ids for e in all_at_once]
+    logprobs = [torch.tensor(e.logprobs) for e in episodes]
+    assert all(torch.allclose(ours, torch.tensor(e.logprobs), atol=2e-5)
+               for ours, e in zip(logprobs, all_at_once))
+    assert list(dict.fromkeys(sum(engine.live_keys, []))) == [0, 1, 2, 3, 4, 5]
+    last = [5 in keys for keys in engine.live_keys].index(True)
+    assert {len(keys) for keys in engine.live_keys[:last + 1]} == {2}    # a free slot is taken at once
+    assert max(map(len, engine.live_keys)) == 2
+    passes = Counter(sum(engine.live_keys, []))
+    assert [passes[i] for i in range(6)] == [sum(e.mask) for e in episodes]      # a token of its own in each
+    computed = Counter(sum(engine.tokens, []))
+    assert computed == sum((Counter(e.ids[:-1]) for e in episodes), Counter())   # no token twice
+    assert engine.cache is None and not engine.live                  # nobody may use old keys again
+
+
+def test_passes_of_bounded_size(model, chat):
+    """Prompts that do not fit into one pass are computed in several, whole."""
+    talks = short_prompts(chat, 6)
+    limits, messages = dict.fromkeys(talks, 12), dict.fromkeys(talks, 2)
+    answer = lambda key: chat.observation("plan " * key)
+    runs = []
+    for pass_tokens in (16_384, 25):
+        engine, grown = Watched(model, set()), copy.deepcopy(talks)
+        engine.pass_tokens = pass_tokens
+        heard = converse(engine, grown, limits, messages, answer)
+        equal_plain_forward(model, grown, heard)
+        runs.append((engine, grown))
+    (wide, expected), (narrow, grown) = runs
+    assert grown == expected
+    assert [len(talks[key]) for key in range(6)] == [8, 13, 17] * 2          # 3, 4, 5 follow 0, 1, 2
+    assert wide.fed_keys[:2] == [[0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    assert narrow.fed_keys[:3] == [[0, 1], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+    assert max(map(len, narrow.tokens)) <= 25 < max(map(len, wide.tokens))
+    assert sorted(sum(wide.tokens, [])) == sorted(sum(narrow.tokens, []))
+
+
+def test_a_prompt_longer_than_a_pass(model, chat):
+    """It goes alone."""
+    engine = Watched(model, {chat.end_id})
+    engine.pass_tokens = 40
+    episodes = six_rollouts(engine, chat)
+    assert min(e.spans[0].end for e in episodes) > 40
+    assert [e.ids for e in episodes] == [e.ids for e in six_rollouts(HFEngine(model, {chat.end_id}), chat)]
+    assert all(len(ids) <= 40 or len(fed) == 1 for ids, fed in zip(engine.tokens, engine.fed_keys))
+
+
 def test_sampling_frequencies(model, chat):
     """2,000 first tokens against the model's own probabilities: the sampler is unbiased."""
     ids = chat.prompt([{"role": "user", "content": "read"}])
-    out = HFEngine(model, {chat.end_id}).generate([Request(i, ids, 1, (i,)) for i in range(2000)])
-    first = torch.tensor([said[0] for said, _ in out])
+    out = say(HFEngine(model, {chat.end_id}), [Request(i, ids, 1, (i,)) for i in range(2000)])
+    first = torch.tensor([said.ids[0] for said in out])
     counts = torch.bincount(first, minlength=len(chat.tokenizer)) / 2000
     with torch.no_grad():
         p = torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1)
@@ -339,23 +570,57 @@ def test_sampling_frequencies(model, chat):
     assert (counts - p).abs().sum() < 1.25 * expected
 
 
+def test_every_token_draws_a_number_of_its_own(model, chat):
+    """Four tokens that are equally likely: all 16 pairs of neighbours are, within 4.5 standard deviations"""
+    def four(logits, said):
+        equal = torch.full_like(logits, -torch.inf)
+        equal[:, 10:14] = 0
+        return equal
+    engine, ids = HFEngine(model, set()), chat.prompt([{"role": "user", "content": "read"}])
+    engine.rule = four
+    pairs = Counter()
+    for said in say(engine, [Request(i, ids, 9, (i,)) for i in range(200)]):
+        pairs.update(zip(said.ids, said.ids[1:]))
+        assert said.logprobs == pytest.approx([-1.3863] * 9, abs=1e-4)           # log 1/4
+    assert len(pairs) == 16 and all(abs(count - 100) < 4.5 * 10 for count in pairs.values())
+
+
 def test_cost_grows_with_new_tokens_only(model, chat):
-    """Every token of a conversation passes the model once: no context is computed again, a shared prompt once
-    per group."""
+    """What passes the model: a shared prompt once per group, every other token of a conversation once, and no
+    padding. A conversation gets a token in every pass, so the longest one alone says how many there are."""
     passed, embedding = [], model.get_decoder().embed_tokens
-    hook = embedding.register_forward_hook(lambda m, args, out: passed.append(args[0].shape))
-    tasks, other = make_tasks("test", "base", 2), copy.copy(chat)
-    other.stop_ids = set(range(0, len(chat.tokenizer), 7))   # a random model hardly ever says the end token
-    envs = [Env(tasks[i // 4]) for i in range(8)]
-    episodes = rollout(HFEngine(model, other.stop_ids), other, envs, Limits(5, 40, 512, 64),
+    hook = embedding.register_forward_hook(lambda m, args, out: passed.append(args[0]))
+    tasks, other = make_tasks("test", "base", 2), every_seventh(chat)
+    envs, limits = [Env(tasks[i // 4]) for i in range(8)], Limits(5, 40, 512, 64)
+    episodes = rollout(HFEngine(model, other.stop_ids), other, envs, limits,
                        [begin(other, env, i // 4, i) for i, env in enumerate(envs)], seed=(1,))
     hook.remove()
-    prompts = sum(len(e.ids[:e.spans[0].end]) for e in episodes[::4])
-    decoded = sum(rows for rows, width in passed if width == 1)
-    assert passed[0] == (2, max(e.spans[0].end for e in episodes)) and prompts <= 2 * passed[0][1]
-    assert decoded <= sum(sum(e.mask) for e in episodes)         # each sampled token at most once
-    chunks = [e.spans[i].end - e.spans[i].start for e in episodes for i in range(2, len(e.spans), 2)]
-    assert sum(rows * width for rows, width in passed[1:] if width > 1) <= len(chunks) * (max(chunks) + 1)
+    expected = Counter()
+    for i, e in enumerate(episodes):
+        start = 0 if i % 4 == 0 else e.spans[0].end
+        expected.update(e.ids[start:-1])         # the last token: nobody asks what comes behind it
+    assert {ids.shape[0] for ids in passed} == {1}
+    assert Counter(torch.cat(passed, 1)[0].tolist()) == expected
+    assert len(passed) == max(sum(e.mask) for e in episodes)
+    longest = Counter()                          # of everybody's n-th messages
+    for e in episodes:
+        for n, s in enumerate([s for s in e.spans if s.who == "model"]):
+            longest[n] = max(longest[n], s.end - s.start)
+    assert len(passed) < longest.total()         # who waited for the longest each time would need more
+
+
+def test_conversations_that_fit():
+    """2 layers x (keys, values) x 2 heads x 16 numbers x 4 bytes = 512 bytes per token"""
+    config = SimpleNamespace(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    assert conversations_that_fit(config, 1024, 1.0, "float32") == 2048
+    assert conversations_that_fit(config, 1024, 1.0, "bfloat16") == 4096
+    assert conversations_that_fit(config, 1024, 0.0005, "float32") == 1
+    config.head_dim = 32                         # not always hidden_size / num_attention_heads
+    assert conversations_that_fit(config, 1024, 1.0, "float32") == 1024
+    with pytest.raises(UserError, match="--kv_cache_gb 0.0005 does not hold one conversation: 1024 tokens "
+                                        ".* 1024 bytes are 0.00098 GiB"):
+        conversations_that_fit(config, 1024, 0.0005, "float32")
 
 
 def test_transcript(chat):

@@ -179,15 +179,15 @@ def test_hint_text(task):
 def test_hint_is_sampled_with_and_trained_without(model, chat, task):
     signal = HBG(options(signal="hbg", hints=1), chat, [task], LIMITS)
     hint, engine, seen = HBG.hint_text(task, "A"), HFEngine(model, chat.stop_ids), []
-    generate = engine.generate
+    add = engine.add
 
-    def watched(requests, temperature):
-        seen.append([list(r.ids) for r in requests])
-        return generate(requests, temperature)
-    engine.generate = watched
+    def watched(request):
+        seen.append(list(request.ids))
+        add(request)
+    engine.add = watched
     group = sample_groups(signal, engine, [task], [0], seed=(0, 0))
     plain = chat.prompt(Env(task).opening())
-    hinted, other = seen[0][0], seen[0][1]
+    hinted, other = seen[:2]                     # the first messages of the group
     assert other == plain and hint in chat.text(hinted) and hint not in chat.text(plain)
     assert [e.source for e in group] == ["hinted"] + ["policy"] * 3 and all(e.as_sampled for e in group)
     before = group[0]
