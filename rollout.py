@@ -66,8 +66,7 @@ def parse(text, syntax="A", ended=True):
 
 
 def is_clean(states):
-    """["call", "reply"] -> True: each message is a complete call or plain text. The lenient reward asks for
-    less."""
+    """["call", "reply"] -> True: each message is a complete call or plain text. (The lenient reward asks less.)"""
     return set(states) <= {"call", "reply"}
 
 

@@ -152,19 +152,20 @@ class Layout:
         """One call per prompt, one for all of its continuations: they are padded, for the time of the
         attention, to the
         longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
-        out, start = [], 0
+        cuts, out = [], []
         for family in self.families:
-            cuts = [family.prompt, *family.lengths]
-            end = start + sum(cuts)
-            (q_prompt, *qs), (k_prompt, *ks), (v_prompt, *vs) = (x[start:end].split(cuts) for x in (q, k, v))
+            cuts += [family.prompt, *family.lengths]
+        pieces = zip(q.split(cuts), k.split(cuts), v.split(cuts))    # of one split: cheap to differentiate
+        for family in self.families:
+            q_prompt, k_prompt, v_prompt = next(pieces)
             if family.prompt:
                 out.append(causal(q_prompt[None], k_prompt[None], v_prompt[None], scale)[0])
-            qs, ks, vs = (pad_sequence(x, batch_first=True) for x in (qs, ks, vs))  # [K, L, heads, d]
+            own = [next(pieces) for _ in family.lengths]
+            qs, ks, vs = (pad_sequence(x, batch_first=True) for x in zip(*own))  # [K, L, heads, d]
             ks = torch.cat([k_prompt.expand(len(ks), -1, -1, -1), ks], 1)  # [K, P + L, heads, d]
             vs = torch.cat([v_prompt.expand(len(vs), -1, -1, -1), vs], 1)
             answers = causal(qs, ks, vs, scale)  # [K, L, heads, d]
             out += [answer[:n] for answer, n in zip(answers, family.lengths)]
-            start = end
         return torch.cat(out)
 
     def _attend_varlen(self, q, k, v, scale):
@@ -250,7 +251,7 @@ def micro_batches(rows, max_tokens):
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. Log-probabilities of the trained tokens
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}      # of one chunk's logits; a handful of them live at a time
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}      # of one chunk's logits; a handful of them live at a time
 
 
 @dataclass

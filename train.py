@@ -146,6 +146,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     refuse_senseless(args, p.error)
     args.compute_dtype = args.compute_dtype or args.dtype
+    args.micro_tokens = args.micro_tokens or (16_384 if torch.cuda.is_available() else 4096)
     if not args.eval_only:
         args.out = args.out or f"runs/{args.signal}-{args.schedule}-{args.closing}-seed{args.seed}"
     return args
@@ -261,7 +262,6 @@ def start_processes(args):
     if args.threads > 0:
         torch.set_num_threads(args.threads)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
-    args.micro_tokens = args.micro_tokens or (16_384 if on_gpu else 4096)
     if on_gpu:
         torch.cuda.set_device(device)
     if "RANK" in os.environ or args.shard:       # FSDP needs a process group even for one process

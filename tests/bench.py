@@ -1,6 +1,6 @@
 """tests/bench.py -- how fast is this project: beside TRL, at other sizes, beside an older checkout of itself?
 
-    python tests/bench.py                             all but `step`: a quarter of an hour on two quiet cores
+    python tests/bench.py                             all but `step`: about 20 minutes on two quiet cores
     python tests/bench.py --only tools sft            some works (WORKS below)
     python tests/bench.py --checkout FOLDER           also `step`: train.py's own step, here and in FOLDER
     python tests/bench.py --quick                     one repeat of tiny sizes: does everything run?
@@ -497,7 +497,7 @@ def table(found):
             time_ratio = [a["seconds"] / b["seconds"] for a, b in pairs]
             per_token = [ratio * b["tokens"] / a["tokens"] for ratio, (a, b) in zip(time_ratio, pairs)]
             lines.append([
-                name, side, spread(column("seconds"), "#.3g"), f"{tokens:,.0f}",
+                name, side, spread(column("seconds"), ".3g"), f"{tokens:,.0f}",
                 f"{tokens / median(column('seconds')):,.0f}", spread(time_ratio, ".2f"),
                 spread(per_token, ".2f"), f"{max(column('peak_mb')):,.0f} ({max(column('above_mb')):,.0f})",
                 str(len(repeats))])

@@ -454,10 +454,10 @@ def test_analyze_reads_runs(folder, half_and_bad, capsys):
     assert analyze_tokens.main(["runs/first", "runs/half"]) == 0
     out = capsys.readouterr().out
     assert out.count("No collapse") == 2 and "before     after" in out and "polluted" in out
-    assert analyze_tokens.main(["runs/bad", "runs/nothing", "runs/first"]) == 2
+    assert analyze_tokens.main(["runs/bad", "runs/not-there", "runs/first"]) == 2
     seen = capsys.readouterr()
     assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err
-    assert "runs/nothing/metrics.jsonl does not exist" in seen.err
+    assert "runs/not-there/metrics.jsonl does not exist" in seen.err
     assert "== runs/first" in seen.out and "No collapse" in seen.out
 
 
