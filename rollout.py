@@ -66,7 +66,8 @@ def parse(text, syntax="A", ended=True):
 
 
 def is_clean(states):
-    """["call", "reply"] -> True: each message is a complete call or plain text. (The lenient reward asks less.)"""
+    """["call", "reply"] -> True: each message is a complete call or plain text. (The lenient reward asks
+    less.)"""
     return set(states) <= {"call", "reply"}
 
 
@@ -402,15 +403,19 @@ class SlotCache:
         keys, values = self.kv[layer]            # [N, kv_heads, capacity, d]
         keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
         values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
-        out, n = q.new_empty(q.shape[2], q.shape[1], q.shape[3]), len(self.last)  # [T, heads, d]
+        n, every_slot = len(self.last), not self.long and len(self.fed) == len(self.last)
+        last = q[0].transpose(0, 1) if every_slot else q[0].transpose(0, 1)[self.last]  # [n, heads, d]
+        together = scaled_dot_product_attention(
+            last[:, :, None], keys[:n, :, :self.width], values[:n, :, :self.width], self.seen, scale=scale,
+            enable_gqa=True)[:, :, 0]
+        if every_slot:                           # one token each, in the order of the slots
+            return together[None]
+        out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])  # [T, heads, d]
+        out[self.last[self.fed]] = together[self.fed]
         for slot, start, first, length in self.long:
             mine, upto = slice(first, first + length), start + length
             out[mine] = causal(q[:, :, mine].transpose(1, 2), keys[slot:slot + 1, :, :upto].transpose(1, 2),
                                values[slot:slot + 1, :, :upto].transpose(1, 2), scale)[0]
-        last = q[0][:, self.last].transpose(0, 1)[:, :, None]  # [n, heads, 1, d]
-        together = scaled_dot_product_attention(last, keys[:n, :, :self.width], values[:n, :, :self.width],
-                                                self.seen, scale=scale, enable_gqa=True)
-        out[self.last[self.fed]] = together[self.fed, :, 0]
         return out[None]
 
     def copy(self, source, targets, length):
@@ -423,6 +428,7 @@ class HFEngine:
     once."""
 
     pass_tokens = 16_384                         # bounds the memory of one pass
+
     def __init__(self, model, stop_ids, slots=2**30, longest=2**30):
         kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
@@ -430,11 +436,12 @@ class HFEngine:
                             f"{', '.join(sorted(kinds))} layers; use another model.")
         self.model, self.stop_ids = model, stop_ids
         self.slots, self.longest = slots, longest        # conversations at a time, and tokens of one
-        self.rule = None  # constrained decoding: rule(logits [n, V], [ids said so far]) -> logits
+        self.rule = None  # constrained decoding: rule(logits, [ids said so far]) -> logits
+        self.cache = None
         self.reset()
 
     def reset(self, temperature=1.0):
-        self.temperature, self.cache = temperature, None
+        self.temperature = temperature
         self.live, self.queue = [], []           # Talks in the order of their slots; new ones without a slot
         self.ended = {}                          # {key: (slot, cached)} of those whose message has ended
 
@@ -442,7 +449,9 @@ class HFEngine:
         assert model is self.model
         self.reset()                             # the cache holds keys of the old weights
 
-    sleep = reset                                # nothing else to give to the trainer
+    def sleep(self):
+        self.reset()
+        self.cache = self.cache if self.model.device.type == "cpu" else None  # the trainer needs that memory
 
     def add(self, request):
         noise = np.random.default_rng(request.seed).random(request.limit)
@@ -470,8 +479,8 @@ class HFEngine:
                 self.cache.copy(len(self.live), [slot], last.cached)
                 self.live[slot] = last
         self.ended = {}
-        if self.cache is None:
-            n_slots = min(self.slots, len(self.queue))
+        n_slots = min(self.slots, len(self.queue))
+        if self.cache is None or (not self.live and self.cache.n_slots < n_slots):
             self.cache = SlotCache(self.model.config.num_hidden_layers, n_slots, self.longest)
         free = self.cache.n_slots - len(self.live)
         self.live, self.queue = self.live + self.queue[:free], self.queue[free:]

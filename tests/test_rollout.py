@@ -524,7 +524,7 @@ def test_fewer_slots_than_conversations(model, chat):
     assert [passes[i] for i in range(6)] == [sum(e.mask) for e in episodes]      # a token of its own in each
     computed = Counter(sum(engine.tokens, []))
     assert computed == sum((Counter(e.ids[:-1]) for e in episodes), Counter())   # no token twice
-    assert engine.cache is None and not engine.live                  # nobody may use old keys again
+    assert not engine.live and not engine.ended                      # nobody may use old keys again
 
 
 def test_passes_of_bounded_size(model, chat):
@@ -645,3 +645,31 @@ def test_qwen3_without_thinking_has_the_empty_block_in_sampled_and_trained_ids(t
     assert play(chat, env, [[CHECK, "Done."]] * 2, LIMITS).ids == e.ids
     messages = env.opening() + [{"role": "assistant", "content": CHECK}, {"role": "user", "content": "x"}]
     assert chat._render(messages).startswith(chat._render(messages[:2]) + CHECK)
+
+
+def test_a_cache_that_is_kept_shows_nothing_of_its_past(model, chat):
+    """The slots keep their memory on a CPU; other weights must not see what is in it."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)), alpha=0.02)
+    prompts = short_prompts(chat, 4)
+    used, fresh = HFEngine(model, {chat.end_id}), HFEngine(moved, {chat.end_id})
+
+    def first_messages(engine):
+        engine.reset()
+        for key, ids in prompts.items():
+            engine.add(Request(key, list(ids), 20, (key,)))
+        said = []
+        while len(said) < 4:
+            said += engine.collect()
+        return sorted((s.key, s.ids) for s in said)
+    before = first_messages(used)
+    cache = used.cache
+    model_weights = copy.deepcopy(model.state_dict())
+    try:
+        model.load_state_dict(moved.state_dict())
+        used.load(model)
+        assert first_messages(used) == first_messages(fresh) != before and used.cache is cache
+    finally:
+        model.load_state_dict(model_weights)
