@@ -1,5 +1,4 @@
-"""analyze_tokens.py -- reading a run: control-token probabilities, what the messages became, the verdict.
-Floor 3.
+"""analyze_tokens.py -- what a run logs, and how to read it: token probabilities, states, verdict. Floor 3.
 
     python analyze_tokens.py runs/a runs/b               scores, states over time and the verdict of each run
     python analyze_tokens.py --transcripts runs/a        conversations from healthy to collapsed
@@ -34,8 +33,8 @@ def mean(values):
 
 
 def read_records(out):
-    """A run folder, a metrics.jsonl, or a study's CSV (the same, merged by step) -> [{"step": 0, "reward":
-    .1, ...}] A last line that was cut in the middle (the run goes on, or was killed) is left out."""
+    """A run folder, a metrics.jsonl, or a study's CSV (merged by step) -> [{"step": 0, "reward": .1, ...}]
+    A last line that was cut in the middle (the run goes on, or was killed) is left out."""
     path = Path(out) if str(out).endswith((".jsonl", ".csv")) else Path(out) / "metrics.jsonl"
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
@@ -148,8 +147,7 @@ PROBED += [f"p/{c}|off" for c in RIGHT]
 
 
 def token_classes(chat):
-    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [ids of punctuation]}; content: all
-    others"""
+    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [punctuation's ids]}; content: rest"""
     start = chat.control_ids().get("<|im_start|>")
     texts = chat.tokenizer.batch_decode([[i] for i in range(len(chat.tokenizer))])
     punctuation = set(' \n{}[]()":,=\'')
@@ -221,12 +219,11 @@ class Alarm:
     """On after `checks` values in a row above factor x the mean of the first `baseline` values, off after as
     many below half of that: hysteresis, so that one odd probe neither rings nor silences it.
 
-    update(v) for v in .02 .02 .02 .07 .05 .07 .08 .04 .02 .02 -> on from .08 on (two above .06), off at the
-    end (two below .03)"""
+    update(v) for v in .02 .02 .02 .07 .05 .07 .08 .04 .02 .02 -> on at .08 (two above .06), off at the end"""
 
     def __init__(self, factor=3.0, checks=2, baseline=3):
         self.factor, self.checks, self.baseline = factor, checks, baseline
-        self.first, self.run, self.on = [], 0, False
+        self.first, self.in_a_row, self.on = [], 0, False
 
     def update(self, value):
         """-> is it on now?"""
@@ -235,9 +232,9 @@ class Alarm:
             return self.on
         limit = self.factor * mean(self.first)
         wants_change = value < limit / 2 if self.on else value > limit
-        self.run = self.run + 1 if wants_change else 0
-        if self.run == self.checks:
-            self.on, self.run = not self.on, 0
+        self.in_a_row = self.in_a_row + 1 if wants_change else 0
+        if self.in_a_row == self.checks:
+            self.on, self.in_a_row = not self.on, 0
         return self.on
 
 
@@ -247,8 +244,7 @@ class Alarm:
 
 def rollout_metrics(episodes, credit):
     """All ranks' Episodes and what each was credited with -> the metrics of one batch of rollouts. Ground
-    truth and hinted rollouts count for mixed_groups, because they take part in the advantage, and for nothing
-    else."""
+    truth and hinted rollouts count for mixed_groups only, since they take part in the advantage."""
     groups = {}
     for e, c in zip(episodes, credit, strict=True):
         groups.setdefault(e.group_id, set()).add(c)
@@ -270,9 +266,8 @@ def rollout_metrics(episodes, credit):
 
 def collapse(records, window=5, name="reward", share=0.1):
     """Did the reward collapse, and what had the messages become? From the records that have a reward.
-    -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {state: at
-    the end}} Collapse = the mean reward over `window` steps falls below `share` of its peak and stays there
-    to the end."""
+    -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {...}}
+    Collapse = the mean reward over `window` steps falls below `share` of its peak and stays there."""
     records = [r for r in records if name in r]
     if len(records) < 2 * window:
         return None
@@ -317,8 +312,7 @@ def table(columns):
 
 
 def summary(out):
-    """What a run did, as text: scores before and after, and whether it collapsed. Works on a run that still
-    goes on."""
+    """What a run did, as text: scores before and after, and whether it collapsed. The run may still go on."""
     records = read_records(out)
     evals = [r for r in records if "eval/average" in r]
     scores = lambda r: {name[5:]: value for name, value in r.items() if name.startswith("eval/")}
@@ -414,8 +408,7 @@ def transcript(chat, episode):
 
 
 def record_episodes(path, step, chat, episodes):
-    """Of a step's Episodes keep what one wants to read: the best, the worst, and one with a malformed
-    message"""
+    """Of a step's Episodes keep what one wants to read: best, worst, and one with a malformed message"""
     by_reward = sorted(episodes, key=lambda e: e.reward)
     malformed = [e for e in episodes if not is_clean(e.states)]
     for e in {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}.values():
@@ -426,8 +419,7 @@ def record_episodes(path, step, chat, episodes):
 
 
 def pages(out, count=8):
-    """Conversations of the run from first to last, as Markdown: every time the most malformed one that was
-    kept of its step."""
+    """Conversations from first to last, as Markdown: of a step the most malformed one that was kept"""
     path = Path(out) / "episodes.jsonl"
     malformed = lambda e: sum(not is_clean([s]) for s in e["states"]) / len(e["states"])
     worst = {e["step"]: e for e in sorted(read_records(path), key=malformed)}  # of each step the last stays

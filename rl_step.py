@@ -1,4 +1,4 @@
-"""rl_step.py -- credit, advantages, the policy loss, and the policy updates of a step (GRPO). Floor 2.
+"""rl_step.py -- credit, advantages, the policy loss, and the policy updates of a step (GRPO). Floor 3.
 
 GRPO in one paragraph: sample G rollouts of one prompt, reward each, and take as advantage how much better
 than its own group a rollout did. No value network. Every token that the rollout sampled is pushed up (A > 0)
@@ -8,7 +8,7 @@ or down (A < 0) alike:
     L   = -sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A) / n      rho_t = p_new(token t) / p_old(token t)
 
 p_old is the policy before the step's updates: the sampler's numbers, where it sampled the row as it is
-trained.
+trained; else, and with --correction, the trainer's own (set_old_logprobs).
 
 Here the paper's account of the collapse begins: the reward says THAT the rollout was good, not WHICH token
 was in its place, so an open tag at the end of a lucky rollout is pushed up as if it had earned the reward.
@@ -78,8 +78,7 @@ def advantages(credit, group_ids, only=None):
 
 @dataclass
 class Tokens:
-    """The trained tokens of a micro-batch: all that a loss may look at. The counts are those of the whole
-    update."""
+    """The trained tokens of a micro-batch: all that a loss may look at. The counts are the whole update's."""
     rows: list                                   # the B Episodes
     owner: torch.Tensor                          # [N] which of them each token belongs to
     ids: torch.Tensor                            # [N]
@@ -105,8 +104,7 @@ DUAL_CLIP = 3.0
 
 def grpo(t, low, high):
     """The paper's: PPO's clip, and a dual clip: for A < 0 and rho >> 1 the product rho A is unbounded, so it
-    is capped
-    at DUAL_CLIP A.   -> loss per token [N]; the caller sums and divides by n_tokens: tokens weigh the same"""
+    is capped at DUAL_CLIP A.   -> loss per token [N]; the caller takes the sum / n_tokens"""
     objective = clipped(t.ratio, t.adv, low, high)
     return -torch.where(t.adv < 0, torch.max(objective, DUAL_CLIP * t.adv), objective)
 

@@ -1,4 +1,4 @@
-"""rollout.py -- what a message is, text <-> ids, the sampler, and the multi-turn loop. Floor 1.
+"""rollout.py -- what a message is, text <-> ids, the sampler, and the multi-turn loop. Floor 2.
 
 The one rule: ids are only ever APPENDED. What was sampled is what is trained; no message is decoded, edited
 and encoded again. (The paper's release does that, and trains end tokens that nobody sampled: `reencoded`.)
@@ -66,8 +66,7 @@ def parse(text, syntax="A", ended=True):
 
 
 def is_clean(states):
-    """["call", "reply"] -> True: each message is a complete call or plain text. (The lenient reward asks
-    less.)"""
+    """["call", "reply"] -> True: all messages are complete calls or plain text (the reward asks less)."""
     return set(states) <= {"call", "reply"}
 
 
@@ -110,8 +109,7 @@ def read_brackets(text):
 
 
 def bracket_calls(text):
-    """"[f(a='x'), g()]" -> [("f", {"a": "x"}), ("g", {})]; None if it is not that. Text is parsed, never
-    run."""
+    """"[f(a='x'), g()]" -> [("f", {"a": "x"}), ("g", {})]; None if it is not that. Nothing is run."""
     if len(text) > 20_000:
         return None                              # Python's parser needs stack in proportion to nesting
     try:
@@ -148,8 +146,7 @@ def write_calls(calls, syntax="A"):
 
 @dataclass
 class Span:
-    """Tokens [start, end) of an episode. who: "prompt" | "model" | "tool" (results) | "user" (further
-    turns)."""
+    """Tokens [start, end) of an episode. who: "prompt" | "model" | "tool" (results) | "user" (more turns)."""
     start: int
     end: int
     who: str
@@ -168,8 +165,9 @@ class Episode:
       logprobs [0,          0,   0, ..  0,        -.1,        .. -.01,       0, ..           -.3, -.1, -.02]
       spans    [prompt                   ]        [model, "call"         ]   [tool        ]  [model, "reply"]
 
-    mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing ids: the
-    end token that the model sampled is inside, one that the code had to add is not."""
+    (A rollout, when the policy wrote it; a row, when it is trained; a demonstration, when it is ground
+    truth.) mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing
+    ids: the end token that the model sampled is inside, one that the code had to add is not."""
     task_id: str
     group_id: int  # rollouts of one prompt share it; explicit, never inferred from text
     sample: int = 0                              # index in the group
@@ -199,8 +197,7 @@ class Episode:
         return [span.state for span in self.spans if span.who == "model"]
 
     def rewritten(self, new_ids):
-        """The same episode with other ids: new_ids(span) -> the span's new ids, or None where it stays as it
-        is"""
+        """The same episode with other ids: new_ids(span) -> the span's new ids, or None to leave it"""
         new = replace(self, ids=[], mask=[], logprobs=[], spans=[], as_sampled=False, logprobs_old=None)
         for s in self.spans:
             ids = new_ids(s)
@@ -254,8 +251,7 @@ class Chat:
                 raise UserError(f"{token} is not one token of {name}, so its probability cannot be watched; "
                                 "use a model whose tokenizer has it, such as Qwen2.5.")
         self.open_id, self.close_id = self._encode(OPEN)[0], self._encode(CLOSE)[0]
-        # A reply with a think block in it: templates that strip thinking from the history betray themselves
-        # here.
+        # A reply with a think block: templates that strip thinking from the history betray themselves here.
         said, user2 = "<think>\nA\n</think>\n\nB", "USER TURN TWO"
         talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "USER TURN ONE"}]
         try:
@@ -296,8 +292,7 @@ class Chat:
         return self._encode(text) + [self.end_id]
 
     def observation(self, text, limit=None):
-        """From the end token of one model message to the first token of the next; `limit` keeps the last
-        tokens."""
+        """From one model message's end token to the next one's first; `limit` keeps the last tokens."""
         ids = self._encode(text, data=True)
         return self.head + (ids[-limit:] if limit else ids) + self.foot
 
@@ -336,8 +331,7 @@ class Said:
 
 
 def conversations_that_fit(config, max_tokens, gigabytes, dtype):
-    """How many conversations' keys and values have room in --kv_cache_gb, if each grows to
-    --max_total_tokens?"""
+    """How many conversations' keys and values fit into --kv_cache_gb if each grows to --max_total_tokens?"""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim                 # numbers
     per_token *= getattr(torch, dtype).itemsize                                                      # bytes
@@ -367,14 +361,13 @@ class SlotCache:
     The live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying. One pass
     feeds each of them a chunk: one token in the middle of a message, a whole tool result at its beginning.
     The LAST tokens of all chunks attend together; what stands before them in long chunks attends chunk by
-    chunk: no padding anywhere."""
+    chunk: no padding; only keys are masked, up to the longest conversation."""
 
     def __init__(self, n_layers, n_slots, longest):
         self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
 
     def begin(self, n, chunks, ids, device):
-        """The next pass: n live slots, chunks [(slot, first position, length)] one behind the other, and
-        their ids"""
+        """The next pass: n live slots; chunks [(slot, first position, length)] in a line, and their ids"""
         slot, position, self.long = [], [], []
         self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
         for s, start, length in chunks:
@@ -424,8 +417,7 @@ class SlotCache:
 
 class HFEngine:
     """Samples from a Hugging Face causal LM with full attention. Cost grows with the NEW tokens: the old
-    context of a conversation stays in its slot, and a prompt that new conversations share is computed
-    once."""
+    context of a conversation stays in its slot; a prompt that new conversations share is computed once."""
 
     pass_tokens = 16_384                         # bounds the memory of one pass
 
@@ -471,8 +463,7 @@ class HFEngine:
                 return said
 
     def _seat(self):
-        """Slots of conversations that were not continued are filled up from behind; new ones take the free
-        slots"""
+        """Slots of conversations that were not continued are filled from behind; new ones take free slots"""
         for slot in sorted((slot for slot, _ in self.ended.values()), reverse=True):
             last = self.live.pop()
             if slot < len(self.live):
@@ -486,8 +477,7 @@ class HFEngine:
         self.live, self.queue = self.live + self.queue[:free], self.queue[free:]
 
     def _pass(self):
-        """One forward pass: every live conversation gets one token more, unless the pass is full -> the
-        messages that ended with it"""
+        """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
         chunks, leaders, room, followers = [], {}, self.pass_tokens, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
@@ -538,8 +528,7 @@ class HFEngine:
 
 
 def import_vllm():
-    """-> vLLM's LLM and SamplingParams. The only place that imports them: vLLM reads these while it is
-    imported."""
+    """-> vLLM's LLM and SamplingParams. The only place that imports them: vLLM reads these variables then."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in THIS process; a tensor reaches no other one
                    "VLLM_NO_USAGE_STATS": "1",
                    "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
@@ -696,8 +685,7 @@ def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
 def play(chat, env, script, limits, group_id=-1, sample=0):
     """The same loop with messages written by somebody else: script[user turn] = ["<tool_call>...", "Done."].
     The environment is live, so the tool results are real. If a turn needs more messages than its script has,
-    the last one is repeated; if it ends early (a malformed message ends it), the rest of its script is
-    skipped."""
+    the last one is repeated; if it ends early (by a malformed message), the rest of its script is skipped."""
     episode, turn, k = begin(chat, env, group_id, sample, source="truth"), -1, 0
     episode.as_sampled = False
     while env.status is None:
@@ -715,8 +703,7 @@ def truth_script(task, syntax="A"):
 
 
 def demonstrate(chat, task, syntax, limits, closing="lenient", **kw):
-    """Ground truth played through the LIVE environment (real tool results) -> an Episode whose model spans
-    are trained."""
+    """Ground truth played through the LIVE environment (real tool results) -> an Episode to train on"""
     episode = play(chat, task.env(syntax, closing), truth_script(task, syntax), limits, **kw)
     if episode.reward != 1:
         why = f"is graded as wrong (user turn {episode.failed_turn}); leave that task out."
@@ -749,8 +736,7 @@ def _advance(episode, env, chat, ids, logprobs, limits):
 
 def reencoded(chat, episode):
     """What the paper's release trains on: every message decoded without special tokens, an end token
-    appended, encoded again. Sampled stray special tokens vanish; a message that the limit cut trains an end
-    token that nobody sampled."""
+    appended, encoded again. Stray special tokens vanish; a cut message trains an end that nobody sampled."""
     def again(span):
         if span.who != "model":
             return None

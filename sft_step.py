@@ -1,7 +1,8 @@
-"""sft_step.py -- token log-probabilities, cross-entropy, the optimizer step, the SFT phase. Floor 1.
+"""sft_step.py -- processes, the layout of a training pass, token log-probabilities, cross-entropy, the
+optimizer step, the SFT phase, FSDP2. Floor 1.
 
 Shapes:  B rows, T tokens, D hidden size, V vocabulary, N = number of trained tokens (mask 1) in the batch.
-A row is an Episode that is trained, whatever the loss.
+A row is an Episode (rollout.py) that is trained, whatever the loss.
 
 Every loss of this project is  sum over tokens / count over ALL ranks and micro-batches of the update.  So the
 result does not depend on how the batch was cut up. (Averaging per micro-batch, as many trainers do, gives
@@ -64,8 +65,7 @@ def gather(items):
 
 
 def rank0_first(make):
-    """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all ranks with its
-    text."""
+    """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all of them."""
     result = mistake = None
     if rank() == 0:
         try:
@@ -105,13 +105,13 @@ class Padding:                                   # the dummy row
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. One layout for every training pass: no padding, and what several rows begin with is computed once
+# 2. One layout for every training pass: no padding, and the prompt that several rows share is computed once
 
 
 @dataclass
 class Family:
     """Rows that share a prompt, one behind the other: prompt, continuation, continuation, ..."""
-    prompt: int                                  # its length; 0: one row, with nobody to share
+    prompt: int                                  # its length; 0: rows that share nothing
     lengths: list                                # of the continuations
 
 
@@ -123,22 +123,24 @@ class Layout:
         positions  [0 1 2   3 4   3   0 1 2]
         place[1]   [0 1 2   5]                                 where the tokens of row 1 stand
 
-    A token of a prompt sees the prompt so far; one of a continuation sees the prompt and its own row so
-    far."""
+    A token of a prompt sees the prompt so far; one of a continuation the prompt and its own row so far."""
 
     def __init__(self, rows, device):
         ids, positions, self.place, self.families = [], [], [None] * len(rows), []
-        for prompt, members in families(rows).items():
-            shared = len(prompt) if len(members) > 1 else 0
-            prompt_place = list(range(len(ids), len(ids) + shared))
-            ids += prompt[:shared]
-            positions += range(shared)
+        sharing = {prompt: members for prompt, members in families(rows).items() if len(members) > 1}
+        shared = [i for members in sharing.values() for i in members]
+        sharing[()] = [i for i in range(len(rows)) if i not in shared]       # who shares nothing
+        for prompt, members in sharing.items():
+            prompt_place = list(range(len(ids), len(ids) + len(prompt)))
+            ids += prompt
+            positions += range(len(prompt))
             for i in members:
-                own = rows[i].ids[shared:]
+                own = rows[i].ids[len(prompt):]
                 self.place[i] = prompt_place + list(range(len(ids), len(ids) + len(own)))
                 ids += own
-                positions += range(shared, shared + len(own))
-            self.families.append(Family(shared, [len(rows[i].ids) - shared for i in members]))
+                positions += range(len(prompt), len(rows[i].ids))
+            if members:
+                self.families.append(Family(len(prompt), [len(rows[i].ids) - len(prompt) for i in members]))
         self.ids = torch.tensor([ids], device=device)                                                # [1, T]
         self.positions = torch.tensor([positions], device=device)                                    # [1, T]
         self.segments = None
@@ -149,9 +151,8 @@ class Layout:
         return attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scale)[None]
 
     def _attend_families(self, q, k, v, scale):
-        """One call per prompt, one for all of its continuations: they are padded, for the time of the
-        attention, to the
-        longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
+        """One call per prompt, one for all of its continuations: padded, for the time of the attention, to
+        the longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
         cuts, out = [], []
         for family in self.families:
             cuts += [family.prompt, *family.lengths]
@@ -169,8 +170,7 @@ class Layout:
         return torch.cat(out)
 
     def _attend_varlen(self, q, k, v, scale):
-        """One kernel for all segments (it knows 16 bits only); keys and values of a prompt are repeated for
-        each of its continuations"""
+        """One kernel for all segments (16 bits only); a prompt's keys are repeated for its continuations"""
         if self.segments is None:
             self.segments = self._segments(q.device)
         keys, cuts_q, cuts_k, longest_q, longest_k = self.segments
@@ -203,8 +203,7 @@ def families(rows):
 
 
 def causal(q, k, v, scale):
-    """q [K, L, heads, d], k and v [K, P + L, kv_heads, d]: query i sees the keys 0..P + i -> [K, L, heads,
-    d]"""
+    """q [K, L, heads, d], k and v [K, P + L, kv_heads, d]: query i sees keys 0..P + i -> like q"""
     n, m = q.shape[1], k.shape[1]
     mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -213,8 +212,7 @@ def causal(q, k, v, scale):
 
 
 def layout_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
-    """What the model's layers call: the layout of the pass knows who sees whom. Without one: plain
-    attention."""
+    """What the model's layers call: the layout of the pass knows who sees whom. Without: plain."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     return layout.attend(module.layer_idx, query, key, value, scaling), None
@@ -234,8 +232,9 @@ def trunk(model, layout):
 
 def micro_batches(rows, max_tokens):
     """Cut rows into batches of at most max_tokens tokens, those of one prompt together, where it counts once:
-    prompts of 5, 5 and 0 tokens with 4, 3 and 9 behind them, max_tokens 14 -> [[first, second], [third]]"""
+    prompts of 5, 5 and 0 tokens with 4, 3 and 9 behind them, max_tokens 14 -> [[second, first], [third]]"""
     batches, room = [], 0
+    rows = sorted(rows, key=lambda row: len(row.ids))                # so that attention pads little
     for prompt, members in families(rows).items():
         inside = False                           # is the prompt in this batch?
         for i in members:
@@ -258,7 +257,7 @@ CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29}      # of one chunk's logits; a hand
 class Scored:
     """What one forward pass says about the trained tokens of its rows"""
     logp: torch.Tensor                           # [N] log p(token | everything before it)
-    entropy: torch.Tensor                        # [N] of the distribution that it was drawn from, no gradient
+    entropy: torch.Tensor                        # [N] of the model's distribution there, no gradient
     owner: torch.Tensor                          # [N] the row that each token belongs to
     watched: torch.Tensor  # [N, K] probabilities of the token ids `watch` there, no gradient
 
@@ -296,8 +295,7 @@ def token_logprobs(model, rows, chunk=None, watch=()):
 
 
 def _logp_chunk(hidden, weight, target, watch):
-    """hidden [n, D], weight [V, D], target [n], watch [K] ids -> log p(target) [n], entropy [n], p(watch) [n,
-    K]"""
+    """hidden [n, D], weight [V, D], target [n], watch [K] -> log p [n], entropy [n], p(watch) [n, K]"""
     logits = (hidden @ weight.T).float()         # [n, V], softmax in fp32 whatever the dtype
     log_z = torch.logsumexp(logits, -1)                              # [n]
     logp = logits.gather(1, target[:, None])[:, 0] - log_z           # log softmax(logits)[target]
@@ -322,8 +320,7 @@ def at_trained(rows, name, device):
 
 def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     """Adds the gradient of  weight * -sum row_weight log p(token) / n  to .grad; n = trained tokens (global).
-    Cross-entropy on the masked tokens only: the model learns what it should say, not what the user or a tool
-    says."""
+    Cross-entropy on the masked tokens only: the model learns what it should say, not what others say."""
     n, = over_ranks([sum(sum(r.mask) for r in rows)])
     total = 0.0
     for batch in in_step(micro_batches(rows, micro_tokens), model):
@@ -377,8 +374,7 @@ SFT_WARMUP = 0.3                                 # share of an SFT phase that wa
 
 
 def sft_phase(model, optimizer, rows, visits, batch, lr, seed, micro_tokens):
-    """A whole SFT phase: `visits` rows are trained, in shuffled passes, `batch` at a time; warm-up, cosine ->
-    metrics"""
+    """A whole SFT phase: `visits` rows, in shuffled passes, `batch` at a time; warm-up, cosine -> metrics"""
     total, done = -(-visits // batch), []
     for u in tqdm(range(total), desc="SFT phase", leave=False, disable=None if rank() == 0 else True):
         up, decay = (u + 1) / max(1, SFT_WARMUP * total), 0.5 * (1 + math.cos(math.pi * u / total))
@@ -393,9 +389,7 @@ def sft_phase(model, optimizer, rows, visits, batch, lr, seed, micro_tokens):
 
 def shuffled_passes(items, start, n, seed):
     """n items from position `start` of an endless stream of shuffled passes: a pure function, so resuming
-    needs no
-    more than the position. shuffled_passes("abc", 2, 3, seed) -> the last of one pass, the first two of the
-    next"""
+    needs no more than that.   ("abc", 2, 3, seed) -> the last of one pass, the first two of the next"""
     stream = []
     for lap in range(start // len(items), -(-(start + n) // len(items))):  # the passes that it touches
         stream += random.Random(f"{seed} {lap}").sample(items, len(items))

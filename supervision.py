@@ -5,9 +5,9 @@ rollout before the update (`before_update`), what enters the policy loss (`ratio
 rollouts (`observe`), and which rows are trained with cross-entropy (`rows`). What it does not override is
 vanilla GRPO.
 
-The SCHEDULE (train.py, `plan`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases
-between RL phases (interleaved), when the alarm rings (adaptive), or as one more term of each RL update
-(synchronous).
+The SCHEDULE (train.py, `plan`, `burst_due`) decides when rows are trained: never (rl), alone (sft,
+sft_then_rl), in phases between RL phases (interleaved), when the alarm rings (adaptive), at random times
+(adaptive_random), or as one more term of each RL update (synchronous).
 
     1. signals       none, SFT, OPS, HBG, ETS, PRS; `sample_groups` lets them write a step's rollouts
     2. reflections   PRS's texts: the embedded judge's, and the prompts for a real one
@@ -41,6 +41,7 @@ class Signal:
     def __init__(self, args, chat, tasks, limits):
         self.args, self.chat, self.limits = args, chat, limits       # args: train.py's flags
         self.tasks = {task.id: task for task in tasks}
+        assert len(self.tasks) == len(tasks), "two tasks have the same id"
 
     def source(self, k):
         """Who writes rollout k of a group: "policy" | "truth" | "hinted" """
@@ -50,7 +51,7 @@ class Signal:
         """What a "hinted" rollout reads at the end of its system message"""
 
     def before_update(self, episodes):
-        """This rank's finished rollouts -> the same, as they are trained"""
+        """This rank's finished rollouts -> the same, in this order (credit goes by it), as trained"""
         return episodes
 
     def ratio(self, t):
@@ -58,17 +59,14 @@ class Signal:
         return t.ratio
 
     def observe(self, step, episodes):
-        """Called after every rollout with the step's Episodes of ALL processes, in order of (group,
-        sample)."""
+        """Called after every rollout with the step's Episodes of ALL processes, by (group, sample)"""
 
     def rows(self):
-        """Episodes to train with cross-entropy now. Called on process 0 only; the others get a copy of the
-        list."""
+        """Episodes to train with cross-entropy now. Called on process 0 only; the others get copies."""
         return []
 
     def metrics(self, episodes):
-        """For the step's line in metrics.jsonl; called on all processes, with their Episodes as they are
-        trained"""
+        """For the step's line in metrics.jsonl; called on all processes, with their Episodes as trained"""
         return {}
 
     def state(self):
@@ -80,8 +78,7 @@ class Signal:
 
 
 class SFT(Signal):
-    """Ground-truth demonstrations of all training tasks; or, with --sft_file, the dialogues of a file
-    instead."""
+    """Ground-truth demonstrations of all training tasks; or, with --sft_file, a file's dialogues."""
     schedules = ("sft", "sft_then_rl", "interleaved", "synchronous", "adaptive", "adaptive_random")
 
     def __init__(self, *args):
@@ -168,8 +165,7 @@ class HBG(Signal):
         return episode.rewritten(lambda span: plain if span.who == "prompt" else None)
 
     def metrics(self, episodes):
-        """hint_log_ratio: the mean over all hinted tokens of log p(token | hint) - log p(token), which the
-        update ignores"""
+        """hint_log_ratio: mean log p(token | hint) - log p(token) of hinted tokens: the update ignores it"""
         if self.args.hint_in_update or self.args.as_released:
             return {}
         hinted = [e for e in episodes if e.source == "hinted"]
@@ -220,8 +216,7 @@ class ETS(SFT):
 
 @dataclass
 class Reflection:
-    """What PRS asked about a rollout. answer: the embedded judge's; a real judge answers when rows are asked
-    for"""
+    """What PRS asked about a rollout. answer: the embedded judge's; a real one answers later, in rows()"""
     step: int
     kind: str                                    # whole | error
     task_id: str
@@ -231,8 +226,8 @@ class Reflection:
 
 class PRS(ETS):
     """Process reflection supervision: ETS's rows, plus a judge's reflections on one rollout of every prompt
-    in the window (rollout 1 of the group, whatever its reward, as in the paper). A row is: judge prompt ->
-    judge answer."""
+    in the window (sample 1, the second of its group, whatever its reward, as in the paper). A row is: judge
+    prompt -> judge answer."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -289,8 +284,7 @@ def dialogue_row(chat, name, messages):
 
 
 def sample_groups(signal, engine, tasks, mine, seed):
-    """--group rollouts of each task tasks[g], g in `mine`, by whomever the signal names -> Episodes in order
-    (g, k)"""
+    """--group rollouts of each task tasks[g], g in `mine`, by whom the signal names -> Episodes by (g, k)"""
     args, chat, limits, done, begun, envs = signal.args, signal.chat, signal.limits, [], [], []
     for g in mine:
         for k in range(args.group):
@@ -347,8 +341,7 @@ that looks alike but needs another solution."""
 
 
 def reflection_prompts(task, episode, syntax, real=False):
-    """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if a turn failed. real: a
-    language model is asked"""
+    """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if any. real: for a model"""
     prompts = [("whole", f"{JUDGE_WHOLE if real else ASK_WHOLE}\n\n{log_of(task, episode, syntax)}")]
     if episode.failed_turn is not None:
         log = log_of(task, episode, syntax, episode.failed_turn)

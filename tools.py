@@ -281,7 +281,10 @@ class Env:
     def _close_turn(self):
         """Grade the turn that ends: same state in every app, the ground truth's results among the model's."""
         task, calls = self.task, self.task.turns[self.turn].calls
-        needed = Counter(task.call(self.truth, name, args) for name, args in calls)
+        try:
+            needed = Counter(task.call(self.truth, name, args) for name, args in calls)
+        except Exception as error:
+            raise UserError(f"{task.id}, user turn {self.turn}: the ground truth fails: {error!r}") from error
         if calls:
             same_state = all(task.state(self.apps[app]) == task.state(self.truth[app]) for app in task.apps)
             if not (self.turn_calls and same_state and needed <= self.results):

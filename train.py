@@ -1,5 +1,4 @@
-"""train.py -- the run: flags, schedule, main loop, evaluation, checkpoints. Floor 4; the only script to
-start.
+"""train.py -- the run: flags, schedule, main loop, evaluation, checkpoints. Floor 4; starts runs.
 
     python train.py                                             vanilla GRPO on a laptop
     python train.py --signal ets --schedule interleaved         SFT on failed tasks between phases of RL
@@ -50,8 +49,7 @@ WEIGHT_DECAY = 0.01                              # AdamW's
 GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warning
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Flags: name, default (the laptop recipe's), what is allowed (the least number, a range, or choices),
-# help.
+# 1. Flags: name, default (the laptop's), what is allowed (the least number, a range, or choices), help
 FLAGS = {
     "recipe": [
         ("signal", "none", SIGNALS, "supervision beside the reward (supervision.py); none = vanilla GRPO"),
@@ -110,7 +108,7 @@ FLAGS = {
         ("kv_cache_gb", 1.0, 0.001, "the sampler's GiB for keys and values, per process")],
     "policy loss": [
         ("loss", "grpo", LOSSES, "rl_step.LOSSES"),
-        ("updates", 3, 1, "optimizer updates per RL step; a group is never split"),
+        ("updates", 3, 1, "optimizer updates per RL step, of whole groups (but --as_released)"),
         ("clip_low", 0.2, 0, "1 - clip_low bounds the ratio"),
         ("clip_high", 0.2, 0, "1 + clip_high bounds the ratio (DAPO: 0.28)"),
         ("kl", "k3", KLS, "estimator of the KL to the reference model"),
@@ -220,7 +218,8 @@ def plan(args):
 
       "rl"      rollouts and policy updates
       "sft"     cross-entropy on a batch of the signal's rows; beside "rl" one more term of the same updates
-      "phase"   a whole SFT phase: --sft_epochs passes over the rows that the signal has now"""
+      "phase"   a whole SFT phase: --sft_epochs passes over the signal's rows of that moment (a burst, which
+                `burst_due` puts before "rl": --burst_rows of them)"""
     if args.schedule == "interleaved":
         steps = []
         for length in phases(args):
@@ -233,8 +232,7 @@ def plan(args):
 
 def burst_due(run, step):
     """adaptive: a burst of SFT before this step's rollouts, at probes, while the alarm rings and the budget
-    lasts. adaptive_random, the control: as many bursts as the budget pays for, at probes drawn by the
-    seed."""
+    lasts. adaptive_random, the control: as many bursts as the budget pays for, at probes by the seed."""
     args = run.args
     if not args.schedule.startswith("adaptive") or step % args.probe_every:
         return False
@@ -342,7 +340,8 @@ def evaluation_sets(world, args, split):
     """{"base": [(task, "A"), ...], ..., "content_ood": [...], "format_ood": [(task, "B"), ...]}"""
     sets = {}
     for category in world.categories(split):
-        sets[category] = [(task, args.syntax) for task in world.tasks(split, category, args.eval_tasks)]
+        if tasks := world.tasks(split, category, args.eval_tasks):
+            sets[category] = [(task, args.syntax) for task in tasks]
     other = "B" if args.syntax == "A" else "A"
     sets |= world.unseen(split, args.eval_tasks, args.syntax)
     return sets | {"format_ood": [(task, other) for task in world.mixed(split, len(sets["base"]))]}
@@ -370,7 +369,7 @@ def evaluate(engine, chat, sets, world, args):
         states.update(of_one if name in CATEGORIES else [])
     scores = {name: mean(values) for name, values in scores.items()}
     for ending in verdicts:
-        scores[f"average{ending}"] = mean(scores[c + ending] for c in CATEGORIES if c in sets)
+        scores[f"average{ending}"] = mean(scores[c + ending] for c in CATEGORIES if c + ending in scores)
     return scores | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 
 
@@ -385,8 +384,7 @@ def limits_of(args):
 
 
 def publish(path, write):
-    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, and one atomic
-    rename."""
+    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, one atomic rename"""
     path = Path(path)
     tmp = path.with_name(f".tmp-{path.name}")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -461,8 +459,7 @@ def run_config(args):
 
 
 def check_run(args):
-    """Can the run folder be made, or continued? -> the checkpoint to continue from, or None. Writes
-    nothing."""
+    """Can the run folder be made, or continued? -> its checkpoint, or None. Writes nothing."""
     out = Path(args.out)
     if not args.resume:
         if out.exists():
@@ -489,8 +486,8 @@ class Progress:
     step: int = 0
     rl_steps: int = 0
     sft_steps: int = 0                           # updates with cross-entropy alone
-    rows: int = 0  # supervised rows trained: the position in their endless stream
-    phase: str = ""                              # the parts of the last step: "rl", "sft", "phase", "rl+sft"
+    rows: int = 0  # supervised rows trained; the position in the stream of "sft"
+    phase: str = ""  # the last step's parts: "rl", "sft", "phase", "rl+sft", "phase+rl"
     since_switch: int = 0                        # steps since they changed
 
 
@@ -654,6 +651,7 @@ def train(run):
             log |= share_rollouts(run, step, episodes, credit) | {"rollout_s": time.time() - began}
             # ---- what the signal does before the update; p_old of what nobody sampled as it is trained
             episodes = signal.before_update(episodes)
+            assert len(episodes) == len(credit), "before_update must keep every episode, in order"
             if args.as_released:
                 episodes = [reencoded(run.chat, e) for e in episodes]
             set_old_logprobs(model.train(), episodes, args.correction, args.micro_tokens)

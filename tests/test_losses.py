@@ -316,15 +316,15 @@ def test_micro_batches():
     """A prompt counts once where its rows stand together."""
     first, second = [SimpleNamespace(ids=[1] * 5 + [7] * n, mask=[0] * 5 + [1] * n) for n in (4, 3)]
     third = SimpleNamespace(ids=[9] * 9, mask=[1] * 9)
-    assert micro_batches([first, second, third], 14) == [[first, second], [third]]   # the docstring's
-    assert micro_batches([first, third, second], 14) == [[first, second], [third]]   # prompt by prompt
-    assert micro_batches([third, first, second], 17) == [[third], [first, second]]
-    assert micro_batches([first, second, third], 21) == [[first, second, third]]     # 5 + 4 + 3 + 9
-    assert micro_batches([first, second, third], 20) == [[first, second], [third]]
-    assert micro_batches([first, second, third], 12) == [[first, second], [third]]   # 5 + 4 + 3
-    assert micro_batches([first, second, third], 11) == [[first], [second], [third]]
-    assert micro_batches([first, second, third], 1) == [[first], [second], [third]]  # a long row goes alone
-    assert micro_batches([first, second, first, second], 16) == [[first, second, first], [second]]
+    assert micro_batches([first, second, third], 14) == [[second, first], [third]]   # the docstring's
+    assert micro_batches([first, third, second], 14) == [[second, first], [third]]   # by prompt, then by length
+    assert micro_batches([third, first, second], 17) == [[second, first], [third]]
+    assert micro_batches([first, second, third], 21) == [[second, first, third]]     # 5 + 3 + 4 + 9
+    assert micro_batches([first, second, third], 20) == [[second, first], [third]]
+    assert micro_batches([first, second, third], 12) == [[second, first], [third]]   # 5 + 3 + 4
+    assert micro_batches([first, second, third], 11) == [[second], [first], [third]]
+    assert micro_batches([first, second, third], 1) == [[second], [first], [third]]  # a long row goes alone
+    assert micro_batches([first, second, first, second], 16) == [[second, second, first], [first]]
     assert micro_batches([], 10) == []
 
 
