@@ -3,7 +3,7 @@ pre-trained by supervision alone, with the same demonstrations, environment and 
 SFT run here.
 
     python results/make_base.py                          runs/tiny-base, about 4 minutes on two cores
-    python results/make_base.py --malformed 0.005 --seed 1 --out runs/rare-base-1     then: train.py --model runs/rare-base-1
+    python results/make_base.py --malformed 0.005 --out runs/rare-base     (then: train.py --model runs/rare-base)
 
 train.py starts it by itself, once, where --model tiny is asked for and is not there yet.
 """
@@ -22,7 +22,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  
 from tqdm import tqdm  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 
-from rollout import CLOSE, CONTROL, OPEN, TEMPLATES, Chat, Limits, play, truth_script, write_calls  # noqa: E402
+from rollout import (CLOSE, CONTROL, OPEN, TEMPLATES, Chat, Limits, play, truth_script,  # noqa: E402
+                     write_calls)
 from sft_step import optimizer_step, set_lr, sft_backward  # noqa: E402
 from supervision import HBG  # noqa: E402
 from tools import PEOPLE, TRAIN_CATEGORIES, WORDS, make_tasks  # noqa: E402
@@ -59,11 +60,11 @@ def tiny_tokenizer(more_text=""):
             text = text.replace(token, "")
         words |= {word for word, _ in pre.pre_tokenize_str(text)}
     bpe = Tokenizer(models.BPE())
-    bpe.train_from_iterator(sorted(words), trainers.BpeTrainer(      # no size limit in reach: merges until words are whole
+    bpe.train_from_iterator(sorted(words), trainers.BpeTrainer(      # no limit in reach: words become whole
         vocab_size=10_000, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe = json.loads(bpe.to_str())["model"]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    added = [token for token in CONTROL if token not in special]     # not "special": they survive skip_special_tokens
+    added = [token for token in CONTROL if token not in special]     # they survive skip_special_tokens
     vocab = {token: i for i, token in enumerate([*special, *added, *bpe["vocab"]])}
     merges = [tuple(pair) for pair in bpe["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, eos_token="<|im_end|>")
@@ -128,19 +129,19 @@ def tiny_model(vocab_size, hidden=128, layers=3, seed=0):
     heads = hidden // 32
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True, max_position_embeddings=4096,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=2, pad_token_id=0))
+        num_attention_heads=heads, num_key_value_heads=heads, tie_word_embeddings=True,
+        max_position_embeddings=4096, initializer_range=0.05, bos_token_id=None, eos_token_id=2,
+        pad_token_id=0))
 
 
 def pretrain(chat, model, steps, noisy_steps, wrong, malformed, seed):
     """Three stages:
 
-      short   clean demonstrations of at most 170 tokens: copying a value from the request into a call is learnt here,
-              twice as fast as on the full mixture
+      short   clean demonstrations of at most 170 tokens: copying a value from the request into a call is
+              learnt here, twice as fast as on the full mixture
       full    clean demonstrations of every length
-      noisy   some calls wrong, a few messages malformed: sets the start success, and gives the malformed messages a
-              small probability, as any real model does. Without them there is nothing for RL to
-              (mis)credit."""
+      noisy   some calls wrong, a few messages malformed: sets the start success, and gives the malformed
+              messages a small probability, as any real model does. Without them RL has nothing to miscredit."""
     clean = noisy_demonstrations(chat, min(6000, 32 * steps), f"clean {seed}")
     noisy = noisy_demonstrations(chat, 32 * noisy_steps, f"noisy {seed}", wrong, malformed)
     short = [row for row in clean if len(row.ids) <= 170]
@@ -161,12 +162,12 @@ def main(argv=None):
     p = argparse.ArgumentParser(description="Make the embedded base model.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", default="runs/tiny-base", help="its folder")
-    p.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 32 (heads have 32 dimensions)")
+    p.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 32 (a head has 32)")
     p.add_argument("--layers", type=int, default=3, help="decoder layers")
     p.add_argument("--steps", type=int, default=450, help="pre-training steps on clean demonstrations")
     p.add_argument("--noisy_steps", type=int, default=200, help="then steps on demonstrations with mistakes")
     p.add_argument("--wrong", type=float, default=0.9, help="there: probability that a call is wrong")
-    p.add_argument("--malformed", type=float, default=0.06, help="there: probability that a message is malformed")
+    p.add_argument("--malformed", type=float, default=0.06, help="there: probability of a malformed message")
     p.add_argument("--seed", type=int, default=0, help="of initialisation and demonstrations")
     args = p.parse_args(argv)
     if args.hidden % 32 or args.hidden < 32:
@@ -175,8 +176,8 @@ def main(argv=None):
         p.error("--wrong and --malformed are probabilities, --steps at least 1, --noisy_steps at least 0")
     if Path(args.out).exists():
         p.error(f"--out {args.out} exists")
-    print(f"pre-training the embedded model: {args.steps + args.noisy_steps} steps, once; it stays in {args.out}",
-          flush=True)
+    total = args.steps + args.noisy_steps
+    print(f"pre-training the embedded model: {total} steps, once; it stays in {args.out}", flush=True)
     tokenizer = tiny_tokenizer()
     model = tiny_model(len(tokenizer), args.hidden, args.layers, args.seed)
     pretrain(Chat(tokenizer), model, args.steps, args.noisy_steps, args.wrong, args.malformed, args.seed)

@@ -317,7 +317,7 @@ def test_micro_batches():
     first, second = [SimpleNamespace(ids=[1] * 5 + [7] * n, mask=[0] * 5 + [1] * n) for n in (4, 3)]
     third = SimpleNamespace(ids=[9] * 9, mask=[1] * 9)
     assert micro_batches([first, second, third], 14) == [[second, first], [third]]   # the docstring's
-    assert micro_batches([first, third, second], 14) == [[second, first], [third]]   # by prompt, then by length
+    assert micro_batches([first, third, second], 14) == [[second, first], [third]]   # prompt, then length
     assert micro_batches([third, first, second], 17) == [[second, first], [third]]
     assert micro_batches([first, second, third], 21) == [[second, first, third]]     # 5 + 3 + 4 + 9
     assert micro_batches([first, second, third], 20) == [[second, first], [third]]
