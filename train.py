@@ -40,7 +40,7 @@ from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begi
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
 from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0_first, sft_phase, sft_update,
                       shard, shuffled_passes, world_size)
-from supervision import SIGNALS, Judge, sample_groups
+from supervision import ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, sample_groups
 from tools import BFCL_PACKAGES, CATEGORIES, WORLDS, UserError
 
 SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous", "adaptive", "adaptive_random")
@@ -170,15 +170,15 @@ def reading(default, allowed):
 
 def refuse_senseless(args, error):
     """Flags that do not go together are refused before anything is built or written."""
-    schedules = SIGNALS[args.signal].schedules
-    if args.schedule not in schedules and not args.eval_only:
+    signal = SIGNALS[args.signal]                # by its class, so that a fork's subclass is checked too
+    if args.schedule not in signal.schedules and not args.eval_only:
         error(f"--signal {args.signal} does not go with --schedule {args.schedule}; it goes with "
-              + ", ".join(f"--schedule {s}" for s in schedules))
+              + ", ".join(f"--schedule {s}" for s in signal.schedules))
     spread = "group" if args.as_released else "prompts"              # over the updates
     if args.updates > getattr(args, spread):
         error(f"--updates {args.updates} is more than --{spread} {getattr(args, spread)}; lower it")
-    for name, signal in (("ops_k", "ops"), ("hints", "hbg")):
-        if args.signal == signal and getattr(args, name) >= args.group:
+    for name, kind in (("ops_k", OPS), ("hints", HBG)):
+        if issubclass(signal, kind) and getattr(args, name) >= args.group:
             error(f"--{name} {getattr(args, name)} leaves the policy nothing in a --group of {args.group}")
     if not all(part.isdigit() and int(part) > 0 for part in args.phases.split(":")):
         error(f"--phases {args.phases} must be shares such as 1:2:3")
@@ -186,7 +186,7 @@ def refuse_senseless(args, error):
         lengths = phases(args)
         if min(lengths) < 1:
             error(f"--phases {args.phases} of --steps {args.steps} has a phase without a step; raise --steps")
-        if args.signal in ("ets", "prs") and args.ets_window > min(lengths[:-1], default=args.ets_window):
+        if issubclass(signal, ETS) and args.ets_window > min(lengths[:-1], default=args.ets_window):
             error(f"--ets_window {args.ets_window} is longer than the shortest RL phase before an SFT phase "
                   f"({min(lengths[:-1])} steps); lower it, or raise --steps")
     if args.schedule.startswith("adaptive") and (args.sft_budget < args.burst_rows or args.probe_every < 1):
@@ -196,7 +196,7 @@ def refuse_senseless(args, error):
         error(f"--alarm {args.alarm} is not one of the probe's probabilities: {', '.join(PROBED)}")
     if args.world == "bfcl" and args.model == "tiny":
         error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct")
-    if args.sft_file and args.signal != "sft":
+    if args.sft_file and (not issubclass(signal, SFT) or issubclass(signal, ETS)):
         error(f"--sft_file goes with --signal sft, not {args.signal}")
     if args.correction and (args.as_released or args.correction < 1):
         error("--correction is a cap of at least 1; and text that --as_released encodes again has no sampler")
@@ -509,7 +509,7 @@ def build(args, device):
             Path(args.out).mkdir(parents=True, exist_ok=True)
             write_atomically(Path(args.out) / "eval.json", json.dumps(scores, indent=1))
         return None
-    if args.judge_url and args.signal == "prs":
+    if args.judge_url and issubclass(SIGNALS[args.signal], PRS):
         rank0_first(lambda: Judge(args.judge_url, args.judge_model).check())
     tasks = world.mixed("train", args.train_tasks)
     test_sets = evaluation_sets(world, args, "test") if world.has_test else {}       # played once, at the end
