@@ -353,6 +353,15 @@ class Talk:
     logprobs: list = field(default_factory=list)
 
 
+@dataclass
+class Chunk:
+    """The tokens of one conversation in a pass"""
+    slot: int
+    start: int                                   # position of its first token in the conversation,
+    first: int                                   # and in the pass
+    length: int
+
+
 class SlotCache:
     """Keys and values of N conversations, one slot each, with a length of its own:
 
@@ -366,17 +375,17 @@ class SlotCache:
     def __init__(self, n_layers, n_slots, longest):
         self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
 
-    def begin(self, n, chunks, ids, device):
-        """The next pass: n live slots; chunks [(slot, first position, length)] in a line, and their ids"""
-        slot, position, self.long = [], [], []
+    def next_pass(self, n, chunks, ids, device):
+        """n live slots, Chunks in a line, and their ids"""
+        slot, position = [], []
         self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
-        for s, start, length in chunks:
-            if length > 1:
-                self.long.append((s, start, len(slot), length - 1))
-            slot += [s] * length
-            position += range(start, start + length)
-            self.last[s], ends[s] = len(slot) - 1, start + length - 1
-        self.fed = torch.tensor([s for s, _, _ in chunks], device=device)
+        for c in chunks:
+            slot += [c.slot] * c.length
+            position += range(c.start, c.start + c.length)
+            self.last[c.slot] = c.first + c.length - 1
+            ends[c.slot] = c.start + c.length - 1
+        self.long = [c for c in chunks if c.length > 1]
+        self.fed = torch.tensor([c.slot for c in chunks], device=device)
         self.width = max(ends) + 1
         self.ids = torch.tensor([ids], device=device)                                                # [1, T]
         self.positions = torch.tensor([position], device=device)                                     # [1, T]
@@ -393,7 +402,8 @@ class SlotCache:
             if self.kv is not None:
                 grown[:, :, :, :, :self.kv.shape[4]] = self.kv
             self.kv = grown
-        keys, values = self.kv[layer]            # [N, kv_heads, capacity, d]
+        kv = self.kv[layer]
+        keys, values = kv                        # [N, kv_heads, capacity, d]
         keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
         values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
         n, every_slot = len(self.last), not self.long and len(self.fed) == len(self.last)
@@ -405,10 +415,11 @@ class SlotCache:
             return together[None]
         out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])  # [T, heads, d]
         out[self.last[self.fed]] = together[self.fed]
-        for slot, start, first, length in self.long:
-            mine, upto = slice(first, first + length), start + length
-            out[mine] = causal(q[:, :, mine].transpose(1, 2), keys[slot:slot + 1, :, :upto].transpose(1, 2),
-                               values[slot:slot + 1, :, :upto].transpose(1, 2), scale)[0]
+        for c in self.long:
+            before_last = slice(c.first, c.first + c.length - 1)
+            queries = q[:, :, before_last].transpose(1, 2)  # [1, length - 1, heads, d]
+            own = kv[:, c.slot, :, :c.start + c.length - 1].transpose(1, 2)  # [2, start + length - 1, ..]
+            out[before_last] = causal(queries, own[0][None], own[1][None], scale)[0]
         return out[None]
 
     def copy(self, source, targets, length):
@@ -435,7 +446,7 @@ class HFEngine:
     def reset(self, temperature=1.0):
         self.temperature = temperature
         self.live, self.queue = [], []           # Talks in the order of their slots; new ones without a slot
-        self.ended = {}                          # {key: (slot, cached)} of those whose message has ended
+        self.ended = {}                          # {key: slot} of those whose message has ended
 
     def load(self, model):
         assert model is self.model
@@ -448,7 +459,8 @@ class HFEngine:
     def add(self, request):
         noise = np.random.default_rng(request.seed).random(request.limit)
         if request.key in self.ended:            # it keeps its slot: `ended` says which
-            slot, cached = self.ended.pop(request.key)
+            slot = self.ended.pop(request.key)
+            cached = self.live[slot].cached
             self.live[slot] = Talk(request, request.ids[cached:], noise, cached)
         else:
             self.queue.append(Talk(request, request.ids, noise))
@@ -464,7 +476,7 @@ class HFEngine:
 
     def _seat(self):
         """Slots of conversations that were not continued are filled from behind; new ones take free slots"""
-        for slot in sorted((slot for slot, _ in self.ended.values()), reverse=True):
+        for slot in sorted(self.ended.values(), reverse=True):
             last = self.live.pop()
             if slot < len(self.live):
                 self.cache.copy(len(self.live), [slot], last.cached)
@@ -478,23 +490,22 @@ class HFEngine:
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
-        chunks, leaders, room, followers = [], {}, self.pass_tokens, {}
+        chunks, ids, leaders, followers = [], [], {}, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
             if prompt in leaders:  # another new conversation computes the same prompt in this pass
                 followers[slot] = leaders[prompt]
-            elif len(talk.waiting) <= room or not chunks:
-                chunks.append((slot, talk.cached, len(talk.waiting)))
-                room -= len(talk.waiting)
+            elif len(ids) + len(talk.waiting) <= self.pass_tokens or not chunks:
+                chunks.append(Chunk(slot, talk.cached, len(ids), len(talk.waiting)))
+                ids += talk.waiting
                 if prompt:
                     leaders[prompt] = slot
-        ids = [token for slot, _, _ in chunks for token in self.live[slot].waiting]
         device = self.model.device
-        self.cache.begin(len(self.live), chunks, ids, device)
+        self.cache.next_pass(len(self.live), chunks, ids, device)
         hidden = trunk(self.model, self.cache)[0]                                                    # [T, D]
         for slot, leader in followers.items():
             self.cache.copy(leader, [slot], len(self.live[slot].waiting))
-        slots = sorted([slot for slot, _, _ in chunks] + list(followers))
+        slots = sorted([c.slot for c in chunks] + list(followers))
         for slot in slots:
             self.live[slot].cached += len(self.live[slot].waiting)
         fed = torch.tensor([followers.get(slot, slot) for slot in slots], device=device)             # [n]
@@ -523,7 +534,7 @@ class HFEngine:
             talk.waiting = [t]
             if t in self.stop_ids or len(talk.ids) == talk.request.limit:
                 said.append(Said(talk.request.key, talk.ids, talk.logprobs))
-                self.ended[talk.request.key] = slot, talk.cached
+                self.ended[talk.request.key] = slot
         return said
 
 

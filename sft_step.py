@@ -111,7 +111,7 @@ class Padding:                                   # the dummy row
 @dataclass
 class Family:
     """Rows that share a prompt, one behind the other: prompt, continuation, continuation, ..."""
-    prompt: int                                  # its length; 0: rows that share nothing
+    shared: int                                  # tokens of the prompt; 0: rows that share nothing
     lengths: list                                # of the continuations
 
 
@@ -127,7 +127,7 @@ class Layout:
 
     def __init__(self, rows, device):
         ids, positions, self.place, self.families = [], [], [None] * len(rows), []
-        sharing = {prompt: members for prompt, members in families(rows).items() if len(members) > 1}
+        sharing = {prompt: members for prompt, members in by_prompt(rows).items() if len(members) > 1}
         shared = [i for members in sharing.values() for i in members]
         sharing[()] = [i for i in range(len(rows)) if i not in shared]       # who shares nothing
         for prompt, members in sharing.items():
@@ -155,11 +155,11 @@ class Layout:
         the longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
         cuts, out = [], []
         for family in self.families:
-            cuts += [family.prompt, *family.lengths]
+            cuts += [family.shared, *family.lengths]
         pieces = zip(q.split(cuts), k.split(cuts), v.split(cuts))    # of one split: cheap to differentiate
         for family in self.families:
             q_prompt, k_prompt, v_prompt = next(pieces)
-            if family.prompt:
+            if family.shared:
                 out.append(causal(q_prompt[None], k_prompt[None], v_prompt[None], scale)[0])
             own = [next(pieces) for _ in family.lengths]
             qs, ks, vs = (pad_sequence(x, batch_first=True) for x in zip(*own))  # [K, L, heads, d]
@@ -181,8 +181,8 @@ class Layout:
         """-> whose keys each segment sees, where the segments begin, and how long the longest is"""
         keys, lengths_q, lengths_k, start = [], [], [], 0
         for family in self.families:
-            prompt = range(start, start + family.prompt)
-            for n in ([family.prompt] if family.prompt else []) + family.lengths:
+            prompt = range(start, start + family.shared)
+            for n in ([family.shared] if family.shared else []) + family.lengths:
                 own = range(start, start + n)
                 keys += own if own == prompt else [*prompt, *own]
                 lengths_q.append(n)
@@ -193,7 +193,7 @@ class Layout:
         return keys, cuts(lengths_q), cuts(lengths_k), max(lengths_q), max(lengths_k)
 
 
-def families(rows):
+def by_prompt(rows):
     """-> {what stands before the first trained token: [indices of the rows that begin so]}"""
     found = {}
     for i, row in enumerate(rows):
@@ -235,7 +235,7 @@ def micro_batches(rows, max_tokens):
     prompts of 5, 5 and 0 tokens with 4, 3 and 9 behind them, max_tokens 14 -> [[second, first], [third]]"""
     batches, room = [], 0
     rows = sorted(rows, key=lambda row: len(row.ids))                # so that attention pads little
-    for prompt, members in families(rows).items():
+    for prompt, members in by_prompt(rows).items():
         inside = False                           # is the prompt in this batch?
         for i in members:
             length = len(rows[i].ids)
