@@ -1,12 +1,12 @@
-"""tests/fuzz.py -- hostile text against the parser, the worlds and the tokenizer: whatever a model says, nothing
-may raise.
+"""tests/fuzz.py -- hostile text against the parser, the worlds and the tokenizer: whatever a model says,
+nothing may raise.
 
     python tests/fuzz.py messages --n 1000000 --seed 0           texts through parse, JSON, copies, Chat
     python tests/fuzz.py conversations --n 100000 --seed 0       ... and through Env, to the grade
 
-Case i of a seed is always the same, whatever --n is: `--only i` plays it alone, with its traceback. Counts of what
-was tried stand at the end, failures before them; the exit status is 1 if there are any. pytest runs a small slice
-(tests/test_rollout.py).
+Case i of a seed is always the same, whatever --n is: `--only i` plays it alone, with its traceback. Counts of
+what was tried stand at the end, failures before them; the exit status is 1 if there are any. pytest runs a
+small slice (test_rollout.py).
 """
 import argparse
 import copy
@@ -29,10 +29,10 @@ from make_base import tiny_tokenizer  # noqa: E402
 from rollout import CLOSE, CONTROL, OPEN, STATES, Chat, parse, truth_script, write_calls  # noqa: E402
 from tools import CATEGORIES, bfcl_stories, make_tasks  # noqa: E402
 
-PIECES = [*CONTROL, "{", "}", "[", "]", "(", ")", '"name": ', '"arguments": ', '"', "'", "f", "=", ",", ":", "\\", "\\u",
-          "\\ud800", "\\x00", "\n", "\r", "\t", "\0", " ", "#", "*", "1e999", "NaN", "-", "0x", "9" * 30, "None", "true",
-          "\ud800", "\udfff", "\uff46", "\ufb03", "\u2028", "\u202e", "\U0001f600", "e\u0301", "\ufeff", "a b",
-          '{"name": "f", "arguments": {}}', "[f(a=1)]", f"{OPEN}\n", f"\n{CLOSE}"]
+PIECES = [*CONTROL, "{", "}", "[", "]", "(", ")", '"name": ', '"arguments": ', '"', "'", "f", "=", ",", ":",
+          "\\", "\\u", "\\ud800", "\\x00", "\n", "\r", "\t", "\0", " ", "#", "*", "1e999", "NaN", "-", "0x",
+          "9" * 30, "None", "true", "\ud800", "\udfff", "\uff46", "\ufb03", "\u2028", "\u202e", "\U0001f600",
+          "e\u0301", "\ufeff", '{"name": "f", "arguments": {}}', "[f(a=1)]", f"{OPEN}\n", f"\n{CLOSE}"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def fuzzed_value(rng, depth=0):
     kinds = ["text", "letters", "number", "huge", "odd", "nested"] + ["list", "dict"] * (depth < 4)
     kind = rng.choice(kinds)
     if kind == "text":
-        return rng.choice(["plan", "bob", ".", "..", "/", "", "a b", "it's", "None", "-1", "<|im_end|>", OPEN])
+        return rng.choice(["plan", "bob", ".", "..", "/", "", "a b", "it's", "None", "<|im_end|>", OPEN])
     if kind == "letters":                        # from everywhere, halves of characters too
         return "".join(chr(rng.randrange(0x110000)) for _ in range(rng.randint(0, 8)))
     if kind == "number":
@@ -60,7 +60,8 @@ def fuzzed_value(rng, depth=0):
         return value
     if kind == "list":
         return [fuzzed_value(rng, depth + 1) for _ in range(rng.randint(0, 4))]
-    return {rng.choice(["a", "b", "name", "\ud800", "x y"]): fuzzed_value(rng, depth + 1) for _ in range(rng.randint(0, 3))}
+    keys = rng.sample(["a", "b", "name", "\ud800", "x y"], rng.randint(0, 3))
+    return {key: fuzzed_value(rng, depth + 1) for key in keys}
 
 
 def fuzzed_call(rng, call):
@@ -78,7 +79,7 @@ def fuzzed_call(rng, call):
 
 
 def written(calls, syntax):
-    """Where JSON or Python cannot write a value (800 lists in each other, 4,000 digits), a text that could be meant"""
+    """Where Python cannot write a value (800 lists in each other), a text that could be meant"""
     try:
         return write_calls(calls, syntax)
     except (RecursionError, ValueError):
@@ -100,14 +101,17 @@ def edited(rng, text):
 
 def fuzzed_text(rng, call, syntax):
     """A message that is, more or less, `call`"""
-    kind = rng.choice(["edited", "edited", "values", "values", "edited values", "pieces", "letters", "two", "long"])
+    kind = rng.choice(["edited", "edited", "values", "values", "edited values", "pieces", "letters", "two",
+                       "long"])
     calls = [fuzzed_call(rng, call)] if "values" in kind else [call]
     if kind == "pieces":
         return "".join(rng.choices(PIECES, k=rng.randint(0, 40)))
     if kind == "letters":
-        return "".join(chr(rng.randrange(rng.choice([0x80, 0x3000, 0x110000]))) for _ in range(rng.randint(0, 60)))
+        limit = rng.choice([0x80, 0x3000, 0x110000])
+        return "".join(chr(rng.randrange(limit)) for _ in range(rng.randint(0, 60)))
     if kind == "two":
-        return rng.choice(["", "I look. ", "# "]) + written(calls, syntax) + rng.choice(PIECES) + written(calls, "AB"[rng.random() < 0.5])
+        first, second = written(calls, syntax), written(calls, rng.choice("AB"))
+        return rng.choice(["", "I look. ", "# "]) + first + rng.choice(PIECES) + second
     if kind == "long" and rng.random() < 0.02:
         return rng.choice(PIECES) * rng.choice([100, 3000])
     text = written(calls, syntax)
@@ -154,8 +158,7 @@ def check_conversation(chat, rng, task, syntax, closing):
         turn = task.turns[env.turn]
         text = script[env.turn][min(env.turn_calls, len(turn.calls))]
         if rng.random() < slips:
-            calls = [call for turn in task.turns for call in turn.calls] or [("f", {})]
-            text = fuzzed_text(rng, rng.choice(calls), syntax)
+            text = fuzzed_text(rng, rng.choice(right_calls(task)), syntax)
         message = check_message(chat, text, syntax, ended=rng.random() > 0.01)
         if rng.random() < 0.1:
             env = copy.deepcopy(env) if rng.random() < 0.5 else pickle.loads(pickle.dumps(env))
@@ -183,22 +186,26 @@ def tasks(world):
     return [task for category in CATEGORIES for task in make_tasks("train", category, 100)] + held_out
 
 
+def right_calls(task):
+    return [call for turn in task.turns for call in turn.calls] or [("f", {})]
+
+
 def message_case(rng, counts):
     """One text, in both syntaxes"""
-    call = rng.choice([call for turn in rng.choice(tasks("tiny")).turns for call in turn.calls] or [("f", {})])
-    text = fuzzed_text(rng, call, rng.choice("AB"))
+    text = fuzzed_text(rng, rng.choice(right_calls(rng.choice(tasks("tiny")))), rng.choice("AB"))
     for syntax in "AB":
         counts[f"{syntax} {check_message(chat_of_the_base(), text, syntax).state}"] += 1
     check_observation(chat_of_the_base(), text)
 
 
 def conversation_case(rng, counts):
-    """A tenth of them on BFCL, if its package is here: its worlds are 30 times as slow"""
+    """A tenth of them on BFCL, if its package is here: its worlds are slow"""
     has_bfcl = importlib.util.find_spec("bfcl_eval") is not None
     world = "bfcl" if has_bfcl and rng.random() < 0.1 else "tiny"
     syntax, closing = rng.choice("AB"), rng.choice(["lenient", "strict"])
     counts[f"{world} {syntax} {closing}"] += 1
-    counts["messages"] += check_conversation(chat_of_the_base(), rng, rng.choice(tasks(world)), syntax, closing)
+    task = rng.choice(tasks(world))
+    counts["messages"] += check_conversation(chat_of_the_base(), rng, task, syntax, closing)
 
 
 CASES = {"messages": message_case, "conversations": conversation_case}
