@@ -5,37 +5,43 @@ and encoded again. (The paper's release does that, and trains end tokens that no
 """
 import ast
 import copy
+import io
 import itertools
 import json
 import os
 import re
 import tempfile
+import tokenize
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unicodedata import is_normalized
 
 import numpy as np
 import torch
 from jinja2 import TemplateError
-from torch.nn.functional import scaled_dot_product_attention
 
-from sft_step import causal, trunk
+from sft_step import Chunk, SlotCache, trunk
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What one assistant message IS, structurally: the paper's four states, and two that real logs need.
-#      call       one or more complete, valid calls; plain text may stand before them, nothing after
-#      reply      text without any tool artefact
-#      polluted   tags or calls that are incomplete, misplaced or unreadable; control tokens inside text
+#      call       one or more complete, readable calls; in syntax A text may stand before them, nothing after
+#      reply      text; it may quote JSON, code or brackets
+#      polluted   parts of calls where no complete call is (a tag, an unreadable block, BARE_CALL), control
+#                 tokens in a text or a value, anything behind a call
 #      collapsed  the opening of a call and then the end, nothing else: `<tool_call><|im_end|>`
 #      empty      the end at once
 #      cut        the length limit came before the end token
 STATES = ("call", "reply", "polluted", "collapsed", "empty", "cut")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CONTROL = (OPEN, CLOSE, "<tool_response>", "</tool_response>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-BARE_CALL = re.compile(r'"name"\s*:|"arguments"\s*:'                 # JSON without its tags,
-                       r'|^\s*\[\s*\w+\(|\w\(\w+\s*=')               # or brackets: [f(   f(x=
-OPENING = {"A": re.compile(r"\s*"), "B": re.compile(r"\s*\[?\s*")}   # what may be left beside open tags
+OPENINGS = {"A": ("",), "B": ("", "[")}          # what a collapsed message holds beside open tags
+BARE_CALL = re.compile(                          # only calls look like this, of either syntax:
+    r'^(\[\s*)?\{\s*"(name|arguments)"\s*:|^\[\s*[\w.]+\('               # it begins with {"name": or [f(
+    r'|^[\w.]+\((\w+\s*=.*)?\)$'                                         # it is f(x=3) and nothing else
+    r'|"arguments"\s*:\s*\{|\[\s*[\w.]+\((\w+\s*=|\)\s*[\],])', re.S)    # it holds "arguments": { or [f(x=
+LABEL = re.compile(r"\[[^\[\]\n]+\]\s*\S")       # text of syntax B may begin so: "[1] is the first source"
 
 
 @dataclass
@@ -51,15 +57,16 @@ def parse(text, syntax="A", ended=True):
     """One assistant message (without its end token) -> Message. Total: never raises, whatever the text.
 
     ended=False: the length limit cut the message, so it has no end token."""
-    calls, outside, in_order = read_tags(text) if syntax == "A" else read_brackets(text)
+    calls, outside, in_order = read_tags(text) if syntax == "A" else read_brackets(text.strip())
+    own_tags = 2 * len(calls) if syntax == "A" else 0                # other control tokens are out of place
     if not ended:
         state = "cut"                            # nobody knows what it would have become
     elif not text.strip():
         state = "empty"
-    elif not calls and OPENING[syntax].fullmatch(outside.replace(OPEN, "")):
+    elif text.replace(OPEN, "").strip() in OPENINGS[syntax]:
         state = "collapsed"                      # it begins a call and says nothing: the paper's wreck
-    elif not in_order or BARE_CALL.search(outside) or any(token in outside for token in CONTROL):
-        state = "polluted"                       # artefacts of a call where no complete call is
+    elif not in_order or BARE_CALL.search(outside) or sum(map(text.count, CONTROL)) > own_tags:
+        state = "polluted"
     else:
         state = "call" if calls else "reply"
     return Message(text, state, calls)
@@ -72,28 +79,25 @@ def is_clean(states):
 
 def read_tags(text):
     """Syntax A. 'I look.\\n<tool_call>{"name": "f", "arguments": {}}</tool_call>' -> calls [("f", {})],
-    outside "I look.\\n", in_order True: all blocks readable, only white space behind the first"""
-    calls, outside, position = [], [], 0
-    while True:  # a regex with .*? would take quadratic time on many open tags
-        start = text.find(OPEN, position)
-        end = text.find(CLOSE, start) if start >= 0 else -1
-        if end < 0:
-            outside.append(text[position:])
-            break
-        outside.append(text[position:start])
-        calls.append(json_call(text[start + len(OPEN):end]))
-        position = end + len(CLOSE)
+    outside "I look.", in_order True: all blocks readable, only white space behind the first"""
+    calls, outside = [], []
+    *blocks, tail = text.split(CLOSE)
+    for block in blocks:
+        before, tag, body = block.partition(OPEN)
+        outside.append(before)
+        if tag:
+            calls.append(json_call(body))
+    outside.append(tail)
     readable = not any(isinstance(call, str) for call in calls)
-    return calls, "".join(outside), readable and not "".join(outside[1:]).strip()
+    return calls, "".join(outside).strip(), readable and not "".join(outside[1:]).strip()
 
 
 def json_call(body):
     """'{"name": "f", "arguments": {"x": 1}}' -> ("f", {"x": 1}), or the error that the model gets to read"""
-    def reject(constant):
-        raise ValueError(f"{constant} is not JSON")                  # NaN != NaN: no state would equal itself
     try:
-        call = json.loads(body, parse_constant=reject)
-    except (ValueError, RecursionError):         # ValueError: bad JSON, and integers of thousands of digits
+        call = json.loads(body, object_pairs_hook=unique)
+        check_data(call)
+    except (ValueError, RecursionError):
         return "Error: the call is not valid JSON"
     named = isinstance(call, dict) and isinstance(call.get("name"), str)
     if not (named and isinstance(call.get("arguments"), dict)):
@@ -101,30 +105,60 @@ def json_call(body):
     return call["name"], call["arguments"]
 
 
+def unique(pairs):
+    """[("a", 1), ("b", 2)] -> {"a": 1, "b": 2}. A key with two values: nobody knows which one was meant."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def check_data(value, depth=0):
+    """ValueError for NaN, 1e999, 10 ** 5000, a lone surrogate, 33 lists in each other, {1: 2}, b"x". Worlds,
+    copies, files and tokenizers stumble over such values; refused here, they meet none in a call."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)) and depth < 32:
+        for part in value:
+            check_data(part, depth + 1)
+    elif isinstance(value, str):
+        value.encode()                           # of a lone surrogate: UnicodeEncodeError, a ValueError
+    elif not (value is None or isinstance(value, (int, float)) and abs(value) < 1e308):
+        raise ValueError("no value of JSON")
+
+
 def read_brackets(text):
     """Syntax B: a message is one list of calls, or text. "[f(a='x')]" -> calls [("f", {"a": "x"})], "", True
     "Done." -> [], outside "Done.", True      "[f(a=" -> [], "[f(a=", in_order False: it begins like calls"""
     calls = bracket_calls(text)
-    return (calls, "", True) if calls is not None else ([], text, not text.strip().startswith("["))
+    return (calls, "", True) if calls else ([], text, not text.startswith("[") or bool(LABEL.match(text)))
 
 
 def bracket_calls(text):
     """"[f(a='x'), g()]" -> [("f", {"a": "x"}), ("g", {})]; None if it is not that. Nothing is run."""
-    if len(text) > 20_000:
+    if not text.startswith("[") or len(text) > 20_000:
         return None                              # Python's parser needs stack in proportion to nesting
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if not (isinstance(tree, ast.List) and tree.elts):
-            return None
-        calls = []
-        for node in tree.elts:
-            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args
-            if not named or any(k.arg is None for k in node.keywords):
-                return None                      # something else than f(key=value, ...)
-            calls.append((node.func.id, {k.arg: ast.literal_eval(k.value) for k in node.keywords}))
-        return calls
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        tree = ast.parse(text, mode="eval").body
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+        names = " ".join(t.string for t in tokens if t.type == tokenize.NAME)
+        comments = [t for t in tokens if t.type == tokenize.COMMENT]             # no call, yet it is said
+        if comments or not is_normalized("NFKC", names) or not isinstance(tree, ast.List):
+            return None                          # normalized: Python reads full-width letters as plain ones
+        return [bracket_call(node) for node in tree.elts] or None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
         return None
+
+
+def bracket_call(node):
+    """The syntax tree of "f(a='x')" -> ("f", {"a": "x"}); ValueError if it is not f(key=value, ...)"""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)) or node.args:
+        raise ValueError("not a call, or with arguments that have no name")
+    args = unique([(k.arg, ast.literal_eval(k.value)) for k in node.keywords])
+    check_data(args)                             # also refuses f(**{}), whose key is None
+    for part in ast.walk(node):
+        if isinstance(part, ast.Dict):
+            unique([(ast.literal_eval(key), None) for key in part.keys])
+    return node.func.id, args
 
 
 def write_calls(calls, syntax="A"):
@@ -280,16 +314,28 @@ class Chat:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _encode(self, text, data=False):
-        """data: text of tools and users, in which a "<|im_end|>" is spelled out: it never ends a message"""
+        """data: text of tools and users, in which a "<|im_end|>" is spelled out: it never ends a message.
+        A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark."""
+        text = text.encode("utf-8", "replace").decode()
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=data)["input_ids"]
+
+    def spelled(self, text):
+        """What a user, a model or a judge wrote -> ids: call tags are tokens, all other control tokens are
+        spelled out; <tool_response>, which is no special token of most tokenizers, by a cut behind "<"."""
+        ids = []
+        for piece in re.split(f"({OPEN}|{CLOSE})|(?<=<)(?=/?tool_response>)", text):
+            ids += self._encode(piece or "", data=piece not in (OPEN, CLOSE))
+        return ids
 
     def prompt(self, messages):
         """[{"role": "system", ...}, {"role": "user", ...}] -> ids up to and with the assistant's header"""
-        return self._encode(self._render(messages))
+        *before, user = messages                 # the template is rendered without what the user says
+        head, foot = self._render([*before, user | {"content": "USER TURN"}]).rsplit("USER TURN", 1)
+        return self._encode(head) + self.spelled(user["content"]) + self._encode(foot)
 
     def message(self, text):
         """"Done." -> [61, 30, end_id]: a message that somebody else wrote, as the model would sample it"""
-        return self._encode(text) + [self.end_id]
+        return self.spelled(text) + [self.end_id]
 
     def observation(self, text, limit=None):
         """From one model message's end token to the next one's first; `limit` keeps the last tokens."""
@@ -351,79 +397,6 @@ class Talk:
     cached: int = 0                              # tokens whose keys and values are kept
     ids: list = field(default_factory=list)      # said so far
     logprobs: list = field(default_factory=list)
-
-
-@dataclass
-class Chunk:
-    """The tokens of one conversation in a pass"""
-    slot: int
-    start: int                                   # position of its first token in the conversation,
-    first: int                                   # and in the pass
-    length: int
-
-
-class SlotCache:
-    """Keys and values of N conversations, one slot each, with a length of its own:
-
-        kv  [layers, 2, N, kv_heads, capacity, head_dim]
-
-    The live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying. One pass
-    feeds each of them a chunk: one token in the middle of a message, a whole tool result at its beginning.
-    The LAST tokens of all chunks attend together; what stands before them in long chunks attends chunk by
-    chunk: no padding; only keys are masked, up to the longest conversation."""
-
-    def __init__(self, n_layers, n_slots, longest):
-        self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
-
-    def next_pass(self, n, chunks, ids, device):
-        """n live slots, Chunks in a line, and their ids"""
-        slot, position = [], []
-        self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
-        for c in chunks:
-            slot += [c.slot] * c.length
-            position += range(c.start, c.start + c.length)
-            self.last[c.slot] = c.first + c.length - 1
-            ends[c.slot] = c.start + c.length - 1
-        self.long = [c for c in chunks if c.length > 1]
-        self.fed = torch.tensor([c.slot for c in chunks], device=device)
-        self.width = max(ends) + 1
-        self.ids = torch.tensor([ids], device=device)                                                # [1, T]
-        self.positions = torch.tensor([position], device=device)                                     # [1, T]
-        self.slot = torch.tensor(slot, device=device)                                                # [T]
-        self.last, ends = torch.tensor(self.last, device=device), torch.tensor(ends, device=device)  # [n]
-        seen = torch.arange(self.width, device=device) <= ends[:, None]  # [n, width]
-        self.seen = seen[:, None, None]
-
-    def attend(self, layer, q, k, v, scale):
-        """q [1, heads, T, d], k and v [1, kv_heads, T, d] of the new tokens -> [1, T, heads, d]"""
-        if self.kv is None or self.width > self.kv.shape[4]:         # grows by half: amortised copies
-            capacity = max(self.width, min(self.width + max(256, self.width // 2), self.longest))
-            grown = k.new_zeros(self.n_layers, 2, self.n_slots, k.shape[1], capacity, k.shape[3])
-            if self.kv is not None:
-                grown[:, :, :, :, :self.kv.shape[4]] = self.kv
-            self.kv = grown
-        kv = self.kv[layer]
-        keys, values = kv                        # [N, kv_heads, capacity, d]
-        keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
-        values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
-        n, every_slot = len(self.last), not self.long and len(self.fed) == len(self.last)
-        last = q[0].transpose(0, 1) if every_slot else q[0].transpose(0, 1)[self.last]  # [n, heads, d]
-        together = scaled_dot_product_attention(
-            last[:, :, None], keys[:n, :, :self.width], values[:n, :, :self.width], self.seen, scale=scale,
-            enable_gqa=True)[:, :, 0]
-        if every_slot:                           # one token each, in the order of the slots
-            return together[None]
-        out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])  # [T, heads, d]
-        out[self.last[self.fed]] = together[self.fed]
-        for c in self.long:
-            before_last = slice(c.first, c.first + c.length - 1)
-            queries = q[:, :, before_last].transpose(1, 2)  # [1, length - 1, heads, d]
-            own = kv[:, c.slot, :, :c.start + c.length - 1].transpose(1, 2)  # [2, start + length - 1, ..]
-            out[before_last] = causal(queries, own[0][None], own[1][None], scale)[0]
-        return out[None]
-
-    def copy(self, source, targets, length):
-        self.kv[:, :, targets, :, :length] = self.kv[:, :, source:source + 1, :, :length]
 
 
 class HFEngine:
@@ -752,5 +725,5 @@ def reencoded(chat, episode):
         if span.who != "model":
             return None
         text = chat.tokenizer.decode(episode.ids[span.start:span.end], skip_special_tokens=True)
-        return chat.message(text)
+        return chat._encode(text) + [chat.end_id]
     return episode.rewritten(again)

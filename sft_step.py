@@ -1,4 +1,4 @@
-"""sft_step.py -- processes, the layout of a training pass, token log-probabilities, cross-entropy, the
+"""sft_step.py -- processes, who attends to whom in a pass, token log-probabilities, cross-entropy, the
 optimizer step, the SFT phase, FSDP2. Floor 1.
 
 Shapes:  B rows, T tokens, D hidden size, V vocabulary, N = number of trained tokens (mask 1) in the batch.
@@ -105,7 +105,8 @@ class Padding:                                   # the dummy row
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. One layout for every training pass: no padding, and the prompt that several rows share is computed once
+# 2. Who attends to whom, without padding. Layout, in training: the prompt that several rows share is computed
+#    once. SlotCache, in sampling (rollout.HFEngine): what a conversation has said is computed once.
 
 
 @dataclass
@@ -211,8 +212,81 @@ def causal(q, k, v, scale):
     return out.transpose(1, 2)
 
 
+@dataclass
+class Chunk:
+    """The tokens of one conversation in a pass"""
+    slot: int
+    start: int                                   # position of its first token in the conversation,
+    first: int                                   # and in the pass
+    length: int
+
+
+class SlotCache:
+    """Keys and values of N conversations, one slot each, with a length of its own:
+
+        kv  [layers, 2, N, kv_heads, capacity, head_dim]
+
+    The live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying. One pass
+    feeds each of them a chunk: one token in the middle of a message, a whole tool result at its beginning.
+    The LAST tokens of all chunks attend together; what stands before them in long chunks attends chunk by
+    chunk: no padding; only keys are masked, up to the longest conversation."""
+
+    def __init__(self, n_layers, n_slots, longest):
+        self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
+
+    def next_pass(self, n, chunks, ids, device):
+        """n live slots, Chunks in a line, and their ids"""
+        slot, position = [], []
+        self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
+        for c in chunks:
+            slot += [c.slot] * c.length
+            position += range(c.start, c.start + c.length)
+            self.last[c.slot] = c.first + c.length - 1
+            ends[c.slot] = c.start + c.length - 1
+        self.long = [c for c in chunks if c.length > 1]
+        self.fed = torch.tensor([c.slot for c in chunks], device=device)
+        self.width = max(ends) + 1
+        self.ids = torch.tensor([ids], device=device)                                                # [1, T]
+        self.positions = torch.tensor([position], device=device)                                     # [1, T]
+        self.slot = torch.tensor(slot, device=device)                                                # [T]
+        self.last, ends = torch.tensor(self.last, device=device), torch.tensor(ends, device=device)  # [n]
+        seen = torch.arange(self.width, device=device) <= ends[:, None]  # [n, width]
+        self.seen = seen[:, None, None]
+
+    def attend(self, layer, q, k, v, scale):
+        """q [1, heads, T, d], k and v [1, kv_heads, T, d] of the new tokens -> [1, T, heads, d]"""
+        if self.kv is None or self.width > self.kv.shape[4]:         # grows by half: amortised copies
+            capacity = max(self.width, min(self.width + max(256, self.width // 2), self.longest))
+            grown = k.new_zeros(self.n_layers, 2, self.n_slots, k.shape[1], capacity, k.shape[3])
+            if self.kv is not None:
+                grown[:, :, :, :, :self.kv.shape[4]] = self.kv
+            self.kv = grown
+        kv = self.kv[layer]
+        keys, values = kv                        # [N, kv_heads, capacity, d]
+        keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
+        values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
+        n, every_slot = len(self.last), not self.long and len(self.fed) == len(self.last)
+        last = q[0].transpose(0, 1) if every_slot else q[0].transpose(0, 1)[self.last]  # [n, heads, d]
+        together = scaled_dot_product_attention(
+            last[:, :, None], keys[:n, :, :self.width], values[:n, :, :self.width], self.seen, scale=scale,
+            enable_gqa=True)[:, :, 0]
+        if every_slot:                           # one token each, in the order of the slots
+            return together[None]
+        out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])  # [T, heads, d]
+        out[self.last[self.fed]] = together[self.fed]
+        for c in self.long:
+            before_last = slice(c.first, c.first + c.length - 1)
+            queries = q[:, :, before_last].transpose(1, 2)  # [1, length - 1, heads, d]
+            own = kv[:, c.slot, :, :c.start + c.length - 1].transpose(1, 2)  # [2, start + length - 1, ..]
+            out[before_last] = causal(queries, own[0][None], own[1][None], scale)[0]
+        return out[None]
+
+    def copy(self, source, targets, length):
+        self.kv[:, :, targets, :, :length] = self.kv[:, :, source:source + 1, :, :length]
+
+
 def layout_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
-    """What the model's layers call: the layout of the pass knows who sees whom. Without: plain."""
+    """What the model's layers call: the layout (or cache) of the pass knows who sees whom. Without: plain."""
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kw)
     return layout.attend(module.layer_idx, query, key, value, scaling), None

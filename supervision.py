@@ -268,11 +268,15 @@ SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs"
 
 
 def dialogue_row(chat, name, messages):
-    """[system,] user, assistant, user, assistant, ... -> an Episode whose assistant messages are trained"""
+    """[system,] user, assistant, user, assistant, ... -> an Episode whose assistant messages are trained.
+    (Chat spells out the control tokens in what they say, but for call tags: an answer that mentions an
+    "<|im_end|>" must not train an end in mid-message.)"""
     roles = [m["role"] for m in messages]
     talk = roles[1:] if roles[0] == "system" else roles
     if talk != ["user", "assistant"] * (len(talk) // 2) or not talk:
         raise ValueError(f"the roles must be [system,] user, assistant, user, assistant, ..., not {roles}")
+    if not all(isinstance(m["content"], str) for m in messages):
+        raise ValueError("the content of every message must be a text")
     first = roles.index("assistant")
     row = Episode(name, -1, source="truth", as_sampled=False)
     row.append(chat.prompt(messages[:first]), "prompt", 0, text=messages[first - 1]["content"])

@@ -1,15 +1,19 @@
 """Text <-> ids, masks, limits, the sampler. A mock engine says literal messages; the ids are checked one by
 one."""
 import copy
+import json
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 
+import fuzz
 import pytest
 import torch
 
 from analyze_tokens import transcript
-from rollout import (TEMPLATES, Chat, Episode, HFEngine, Limits, Request, Said, begin, conversations_that_fit,
-                     demonstrate, play, reencoded, rollout, truth_script, write_calls)
+from rollout import (CLOSE, OPEN, TEMPLATES, Chat, Episode, HFEngine, Limits, Request, Said, begin,
+                     conversations_that_fit, demonstrate, parse, play, reencoded, rollout, truth_script,
+                     write_calls)
 from tools import DOCS, Env, Task, Turn, UserError, make_tasks
 
 LIMITS = Limits(steps=20, message=64, total=1024, observation=256)
@@ -216,6 +220,181 @@ def test_reencoded_trains_an_end_token_that_nobody_sampled(chat):
     assert new.mask[new.spans[1].start:] == [1] * len(done) and e.ids[-len(said):] == said
     assert new.ids[:new.spans[1].start] == e.ids[:e.spans[1].start]
     assert not new.as_sampled and e.as_sampled       # so p_old will be the trainer's own
+
+
+# --- what a message is --------------------------------------------------------------------------------------
+F, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
+
+
+def tagged(arguments):
+    return f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+
+
+TRICKY = [
+    ("A", f"\n<tool_call>\n{F}\n</tool_call>\n\n", "call", "white space around block and JSON is free"),
+    ("A", f"I look.\n<tool_call>\n{F}\n</tool_call>", "call", "text may stand before a call"),
+    ("A", f'The key "name": I look.\n<tool_call>{F}</tool_call>', "call", "even text that quotes a key"),
+    ("A", f"<tool_call>{F}</tool_call>\n<tool_call>{G}</tool_call>", "call", "two calls in a row"),
+    ("A", f"<tool_call>{F}</tool_call> and <tool_call>{G}</tool_call>", "polluted", "text between two calls"),
+    ("A", f"<tool_call>{F}</tool_call>\nDone.", "polluted", "text behind a call"),
+    ("A", f"<tool_call>{F}</tool_call></tool_call>", "polluted", "a second closing tag"),
+    ("A", f"<tool_call>{F}</tool_call>\n<tool_call>", "polluted", "a second call that is only opened"),
+    ("A", f"<tool_call>{F}", "polluted", "the closing tag is missing"),
+    ("A", f"{F}</tool_call>", "polluted", "the opening tag is missing"),
+    ("A", "</tool_call>", "polluted", "a closing tag opens nothing, so it is not collapsed"),
+    ("A", f"<tool_call><tool_call>{F}</tool_call>", "polluted", "an opening tag within a block"),
+    ("A", "<tool_call></tool_call>", "polluted", "a block without a call"),
+    ("A", '<tool_call>{"name": "f"}</tool_call>', "polluted", "a call has arguments, if only {}"),
+    ("A", tagged('"x"'), "polluted", "arguments are an object"),
+    ("A", "<tool_call>{'name': 'f', 'arguments': {}}</tool_call>", "polluted", "Python's quotes are no JSON"),
+    ("A", '<tool_call>{"name": "f", "name": "g", "arguments": {}}</tool_call>', "polluted", "which name?"),
+    ("A", tagged('{"x": 1, "x": 2}'), "polluted", "which x?"),
+    ("A", tagged('{"x": 1e999}'), "polluted", "it reads as infinity"),
+    ("A", tagged('{"x": -Infinity}'), "polluted", "no number of JSON"),
+    ("A", tagged('{"x": ' + "9" * 400 + "}"), "polluted", "no other reader of JSON can hold it"),
+    ("A", tagged('{"x": "\\ud800"}'), "polluted", "half a character"),
+    ("A", tagged('{"x": "\\ud83d\\ude00"}'), "call", "both halves: a smile"),
+    ("A", tagged('{"x": ' + "[" * 40 + "]" * 40 + "}"), "polluted", "nobody means 40 lists in each other"),
+    ("A", tagged('{"x": "<|im_end|>"}'), "polluted", "an end token in the wrong place, in a value too"),
+    ("A", tagged('{"x": "<tool_call>"}'), "polluted", "the tag's spike, hidden in a value"),
+    ("A", tagged('{"x": "</tool_call>"}'), "polluted", "the first closing tag closes"),
+    ("A", tagged('{"x": "f(y=1), \\"arguments\\": {}"}'), "call", "a value may say anything else"),
+    ("A", "<tool_call>", "collapsed", "the paper's wreck"),
+    ("A", " <tool_call>\n<tool_call>", "collapsed", "the same, twice"),
+    ("A", "<tool_call>.", "polluted", "something stands behind the tag"),
+    ("A", "", "empty", "nothing at all"),
+    ("A", "\n \t", "empty", "white space says nothing"),
+    ("A", "Done.<|im_start|>assistant", "polluted", "a control token within a text"),
+    ("A", "<tool_response>\n5\n</tool_response>", "polluted", "a result that the model made up"),
+    ("A", F, "polluted", "a call without its tags"),
+    ("A", f"I look.\n{F}", "polluted", "the same behind a text"),
+    ("A", '{"name": "f", "argu', "polluted", "the beginning of one"),
+    ("A", f"```json\n[{F}]\n```", "polluted", "a list of calls, as other models write them"),
+    ("A", "[f(x=1)]", "polluted", "a call of the other syntax"),
+    ("A", "f(x=1)", "polluted", "a call without any brackets, and nothing else"),
+    ("A", 'Every entry has a key "name": the one that you see.', "reply", "a quoted key"),
+    ("A", 'The record is {"name": "Bob", "age": 3}.', "reply", "quoted JSON"),
+    ("A", "Write open(file='x') to open it.", "reply", "quoted code"),
+    ("A", "[1] is the first source.", "reply", "a source"),
+    ("A", "f(x) = 3 has no solution.", "reply", "mathematics"),
+    ("A", "a < b, <tool>, tool_call, im_end", "reply", "no control token is written like that"),
+    ("B", " [f(x='a]'),\n g()] \n", "call", "two calls on two lines, a bracket in a value"),
+    ("B", "[f(x=[1, (2, None)], y={'a': -1.5, 'b': True})]", "call", "values that JSON can hold"),
+    ("B", "[f(x='\uff58')]", "call", "a full-width x in a value is the user's"),
+    ("B", "[f(x=1)] Done.", "polluted", "text behind a call"),
+    ("B", "I look. [f(x=1)]", "polluted", "text before a call: here a message holds nothing but calls"),
+    ("B", "[f(x=1)]  # <tool_call>{", "polluted", "a tag in a comment"),
+    ("B", "[f(x=1)]  # I look", "polluted", "a comment is text behind the call"),
+    ("B", "[f(x=1, x=2)]", "polluted", "which x?"),
+    ("B", "[f(x={'a': 1, 'a': 2})]", "polluted", "which a?"),
+    ("B", "[f(x=1e999)]", "polluted", "it reads as infinity"),
+    ("B", "[f(x=0x" + "f" * 5000 + ")]", "polluted", "Python itself cannot write it in decimals"),
+    ("B", "[f(x='\\ud800')]", "polluted", "half a character"),
+    ("B", "[f(x=" + "[" * 40 + "]" * 40 + ")]", "polluted", "nobody means 40 lists in each other"),
+    ("B", "[\uff46(x=1)]", "polluted", "a full-width f, which Python would read as the tool f"),
+    ("B", "[f(\uff58=1)]", "polluted", "a full-width x, likewise"),
+    ("B", "[f(x='<|im_end|>')]", "polluted", "a control token within a value"),
+    ("B", "[f(x={1, 2})]", "polluted", "JSON has no sets"),
+    ("B", "[f(x=b'1')]", "polluted", "nor bytes"),
+    ("B", "[f(1)]", "polluted", "a value without its name"),
+    ("B", "[f(**{'x': 1})]", "polluted", "not of the form f(x=1)"),
+    ("B", "[f(x=1)][0]", "polluted", "not a list of calls"),
+    ("B", "([f(x=1)])", "polluted", "in parentheses it is none either"),
+    ("B", "[f(x=1", "polluted", "the list never ends"),
+    ("B", "[", "collapsed", "the opening of a call, and nothing else"),
+    ("B", "[<tool_call>", "collapsed", "both openings"),
+    ("B", "[]", "polluted", "a list of no calls"),
+    ("B", "[Done.", "polluted", "a list that holds a text and never ends"),
+    ("B", "f(x=1)", "polluted", "a call without its list"),
+    ("B", "[1] is the first source.", "reply", "a source"),
+    ("B", "[Open the page](https://example.org/?a=b) to see it.", "reply", "a link"),
+    ("B", "Write open(file='x') to open it.", "reply", "quoted code"),
+    ("B", F, "polluted", "a call of the other syntax, without its tags"),
+    ("B", f"<tool_call>{F}</tool_call>", "polluted", "with its tags"),
+]
+
+
+@pytest.mark.parametrize("syntax, text, state, why", TRICKY)
+def test_tricky_messages(syntax, text, state, why):
+    message = parse(text, syntax)
+    assert message.state == state, why
+    assert parse(text, syntax, ended=False).state == "cut"
+
+
+def test_an_unreadable_call_reaches_no_tool():
+    """Tags: its result is the error, and the readable call beside it is made. Brackets: all calls or none."""
+    bad = "Error: the call is not valid JSON"
+    for arguments in ('{"x": 1, "x": 2}', '{"x": 1e999}', '{"x": "\\ud800"}', '{"\\ud800": 1}', "[" * 5000,
+                      '{"x": ' + "9" * 5000 + "}", '{"x": ' + "[" * 800 + "]" * 800 + "}"):
+        assert parse(tagged(arguments)).calls == [bad]
+        assert parse(f"{tagged(arguments)}\n<tool_call>{G}</tool_call>").calls == [bad, ("g", {})]
+    assert parse("[g(), f(x=1e999)]", "B").calls == []
+    # A control token in a value makes the message polluted, but the call can be read, and is made (lenient)
+    assert parse(tagged('{"x": "<|im_end|>"}')).calls == [("f", {"x": "<|im_end|>"})]
+    assert parse("[f(x='<|im_end|>')]", "B").calls == [("f", {"x": "<|im_end|>"})]
+
+
+def test_whatever_a_call_holds_the_run_goes_on(chat):
+    """Names and values that ended a run, or made its files unreadable: each goes through a whole episode, is
+    copied, stored, written down and read again."""
+    deep, huge = "[" * 800 + "]" * 800, "f" * 5000
+    for syntax, text in [("A", '<tool_call>{"name": "x\\ud800", "arguments": {}}</tool_call>'),
+                         ("A", tagged('{"x": "\\ud800"}')), ("A", tagged(f'{{"x": {deep}}}')),
+                         ("A", tagged('{"x": ' + "9" * 5000 + "}")), ("B", f"[check_balance(x=0x{huge})]"),
+                         ("B", "[check_balance(x='\\ud800')]"), ("B", f"[check_balance(x={deep})]")]:
+        env = Env(task(), syntax)
+        message = parse(text, syntax)
+        answer = env.step(message)
+        ids = chat.observation(answer)
+        assert chat.observation(chat.text(ids[len(chat.head):-len(chat.foot)])) == ids
+        assert pickle.loads(pickle.dumps(env)).turn == copy.deepcopy(env).turn == env.turn
+        stored = json.dumps(message.calls, allow_nan=False, ensure_ascii=False).encode()
+        assert json.loads(stored) == json.loads(json.dumps(message.calls))
+
+
+def test_half_a_character_is_a_question_mark(chat):
+    """JSON files may hold one ("\\ud800"), UTF-8 cannot: a tool's answer, a user's or a judge's text"""
+    assert chat.observation("a\ud800b") == chat.observation("a?b")
+    assert chat.message("a\ud800b") == chat.message("a?b")
+    half, mark = [{"role": "user", "content": "\udfff"}], [{"role": "user", "content": "?"}]
+    assert chat.prompt(half) == chat.prompt(mark)
+
+
+def test_what_somebody_wrote_holds_call_tags_and_no_other_control_token(chat):
+    """Each control token is one id; in what somebody wrote only the call tags are, others are spelled out"""
+    ids = chat.control_ids()
+    assert ids == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, OPEN: 3, CLOSE: 4,
+                   "<tool_response>": 5, "</tool_response>": 6}
+    newline, (a,) = chat._encode("\n"), chat._encode("a")
+    assert chat.message("<tool_call>a</tool_call>") == [3, a, 4, 2]
+    for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "<tool_response>", "</tool_response>"):
+        said = chat.message(f"a{token}b")
+        assert said[-1] == 2 and not set(said[:-1]) & set(range(7))
+        assert chat.text(said[:-1]) == f"a{token}b" and len(said) > 4
+        asked = chat.prompt([{"role": "user", "content": f"a{token}b"}])
+        header = [1, *chat._encode("user"), *newline]
+        assert asked == header + said[:-1] + [2, *newline, 1, *chat._encode("assistant"), *newline]
+    # the template, and the system message that explains how a call is written, keep their tokens
+    system = {"role": "system", "content": "<tool_call> <tool_response>"}
+    prompt = chat.prompt([system, {"role": "user", "content": "read"}])
+    assert prompt == chat._encode(chat._render([system, {"role": "user", "content": "read"}]))
+    assert 3 in prompt and 5 in prompt
+
+
+def test_prompts_are_the_template_rendering(chat):
+    """Encoding what the user says by itself moves no token, in either syntax"""
+    for t in make_tasks("test", "miss_func", 5) + make_tasks("test", "base", 5, held_out=True):
+        for syntax in "AB":
+            rendered = chat._render(t.opening(syntax))
+            assert chat.prompt(t.opening(syntax)) == chat._encode(rendered)
+
+
+def test_a_slice_of_the_fuzzer():
+    """tests/fuzz.py, at a hundredth of its size"""
+    for kind, n in (("messages", 2000), ("conversations", 100)):
+        counts, failures = fuzz.fuzz(kind, range(n), seed=0)
+        assert failures == [] and counts.total() > n
+    assert fuzz.main(["messages", "--only", "7"]) == 0
 
 
 # --- templates ----------------------------------------------------------------------------------------------

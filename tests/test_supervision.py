@@ -96,7 +96,8 @@ def test_dialogues_of_a_file(chat, tmp_path):
     assert [row.task_id for row in signal.rows()] == [f"{path}:1", f"{path}:3"]
     assert signal.note == f"{path}: 2 dialogues; left out: 1 longer than --max_total_tokens 60"
     for text, words in (("", "has no usable row"), ('{"messages": []}', r"cannot be read \(line 1"),
-                        (json.dumps({"messages": talk}) + "\nx", r"cannot be read \(line 2")):
+                        (json.dumps({"messages": talk}) + "\nx", r"cannot be read \(line 2"),
+                        (json.dumps({"messages": [talk[0], talk[1] | {"content": 5}]}), "must be a text")):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             SFT(args, chat, [], limits)
@@ -291,6 +292,25 @@ def test_reflections(chat, task):
     assert len(signal.rows()) == 2 and signal.left_out == 1          # too long: left out, and counted
     signal.observe(2, [])                                            # step 0 has left the window
     assert signal.reflections == [] and signal.rows() == []
+
+
+def test_reflections_hold_no_control_token_but_call_tags(chat, task):
+    """The model said <|im_start|>, the tool's answer stands between its tags, the judge quotes an <|im_end|>:
+    in the row they are text, and only the template's own are tokens. Ids: <|im_start|> 1, <|im_end|> 2,
+    <tool_call> 3, </tool_call> 4, <tool_response> 5, </tool_response> 6."""
+    signal = PRS(options(signal="prs", schedule="synchronous", ets_window=2), chat, [task], LIMITS)
+    script = [[PAY_EVE, "Done.<|im_start|>"], [CHECK, "Done."]]
+    e = play(chat, Env(task), script, LIMITS, group_id=0, sample=1)
+    signal.observe(0, [e])
+    signal.limits = Limits(16, 24, 4096, 256)
+    for token in ("<|im_start|>", "<tool_response>"):
+        assert token in signal.reflections[0].prompt
+    signal.reflections[0].answer = f"<|endoftext|> says <|im_end|>, not <tool_response>\nright: {PAY}"
+    whole = signal.rows()[0]
+    control = [[i for i in whole.ids[span.start:span.end] if i < 7] for span in whole.spans]
+    calls = whole.spans[0].text.count("<tool_call>")
+    assert control == [[1] + [3, 4] * calls + [2, 1], [3, 4, 2]] and calls == 4
+    assert chat.text(whole.ids[whole.spans[1].start:]) == signal.reflections[0].answer + "<|im_end|>"
 
 
 @pytest.mark.parametrize("first, phrase", [
