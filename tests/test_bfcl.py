@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import acebench
@@ -50,8 +51,12 @@ def said(script, syntax="A"):
 
 
 def verdicts(task, script, syntax="A"):
-    """-> {"": 1.0, "_strict": 0.0}. The reward of the run is no part of them."""
-    return task.verdicts(syntax, said(script, syntax), reward=None)
+    """-> {"": 1.0, "_strict": 0.0}, of a conversation under the lenient rule, as evaluations play it"""
+    messages, env = said(script, syntax), task.env(syntax)
+    for message in messages:
+        if env.status is None:
+            env.step(message)
+    return task.verdicts(syntax, messages, env.grade())
 
 
 def one(name, **args):
@@ -162,7 +167,8 @@ def test_strict_verdict():
 
 
 @needs_bfcl
-def test_withheld_tool_is_not_callable_before_its_reveal():
+def test_withheld_tools_are_not_shown_but_answer():
+    """As BFCL's own executor does. The strict rule executes alike and fails the episode."""
     for task in bfcl_stories("miss_func")[:40]:
         k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
         env = Env(task)
@@ -172,9 +178,40 @@ def test_withheld_tool_is_not_callable_before_its_reveal():
             assert json.loads(line)["function"]["name"] in task.turns[k].reveal
         for name in task.turns[k].reveal:
             assert f'"name": "{name}"' not in task.system("A") + task.system("B")
-            assert "there is no tool" in result(Env(task), name)
-            assert "there is no tool" not in result(env, name)
-            assert "there is no tool" not in result(Env(task, hide=False), name)         # as BFCL's executor
+            early, late = Env(task, closing="strict"), Env(task, closing="strict")
+            late.callable.add(name)
+            assert result(early, name) == result(late, name) and "there is no tool" not in result(early, name)
+            assert (early.failed_turn, late.failed_turn) == (0, None)
+        assert "there is no tool" in result(Env(task), "junk")
+
+
+@needs_bfcl
+def test_one_execution_in_training_evaluation_and_replay(small_model):
+    """A policy calls the withheld tool before its reveal, and then does all that the ground truth does. The
+    call is executed twice, so the state decides: right where it bears repetition, wrong in 20 of the 100 test
+    stories. The reward of the rollout, the verdict and the package's own checker agree on each."""
+    from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
+    _, chat = small_model
+    file, wrong = "BFCL_v4_multi_turn_miss_func.json", []
+    entries = read_json_lines(tools.bfcl().data / file)
+    truths = read_json_lines(tools.bfcl().data / "possible_answer" / file)
+    for index in world().stories("test"):
+        task, script = story("miss_func", index), truth_script(story("miss_func", index))
+        k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
+        early = [call for call in task.turns[k].calls if call[0] in task.turns[k].reveal]
+        script[k - 1] = [write_calls(early[:1]), "I cannot."]
+        episode = play(chat, task.env(), script, Limits(total=10**6))
+        messages = [parse(span.text) for span in episode.spans if span.who == "model"]
+        decoded = []
+        for turn in script:
+            decoded.append([as_python(text) for text in turn[:-1]])
+        truth, name = truths[index]["ground_truth"], f"early_{index}"
+        official = multi_turn_checker(decoded, truth, entries[index], "miss_func", name)["valid"]
+        assert [m.text for m in messages] == sum(script, [])
+        assert task.verdicts("A", messages, episode.reward) == {"": official, "_strict": 0}, task.id
+        assert episode.reward == official and episode.status == "finished"
+        wrong += [] if official else [index]
+    assert len(wrong) == 20
 
 
 # --- format ------------------------------------------------------------------------------------------------
@@ -316,16 +353,60 @@ def test_a_call_that_would_hang_is_stopped():
     assert "takes too long" in answers[0][1] and max(times) < 5
 
 
+def cycle_of_folders(name):
+    """cd t, which holds x, which holds s, which holds x, ...: without any folder put into itself"""
+    env, x, s = with_apps("GorillaFileSystem"), name + "x", name + "s"
+    for tool, args in [("mkdir", {"dir_name": x}), ("mkdir", {"dir_name": s}),
+                       ("mv", {"source": x, "destination": s}), ("cp", {"source": s, "destination": "t"}),
+                       ("mv", {"source": s, "destination": "t"}), ("cd", {"folder": "t"}),
+                       ("mv", {"source": s, "destination": x})]:
+        assert "rror" not in result(env, tool, **args)
+    return env
+
+
 @needs_bfcl
 def test_directories_that_contain_themselves():
     env = with_apps("GorillaFileSystem")
     result(env, "mkdir", dir_name="d")
-    result(env, "cp", source="d", destination="d")
-    for name in ("find", "du", "pwd", "ls"):
-        result(env, name)
+    for name in ("cp", "mv"):
+        assert "are the same" in result(env, name, source="d", destination="d")
+    assert result(env, "find") == '{"matches": ["./d"]}'
+    env = cycle_of_folders("")
+    for name in ("find", "du"):
+        assert "rror" in result(env, name)
+    for name in ("pwd", "ls"):
+        assert "rror" not in result(env, name)
     copy.deepcopy(env)
+    pickle.dumps(env)
     env.step(parse("Done."))
     assert env.status == "finished"
+
+
+@needs_bfcl
+def test_memory_of_a_call_is_bounded():
+    """`find` in a cycle of folders with long names: half a gigabyte of paths before Python's stack is full"""
+    env = cycle_of_folders("n" * 1000)
+    tracemalloc.start()
+    try:
+        answer = result(env, "find")
+        _, peak = tracemalloc.get_traced_memory()
+        assert tracemalloc.is_tracing()          # ours goes on
+    finally:
+        tracemalloc.stop()
+    assert answer == "Error during execution: the call takes too long, or too much memory" and peak < 20e6
+    result(env, "ls")
+    assert not tracemalloc.is_tracing()
+
+
+@needs_bfcl
+def test_a_long_result_keeps_its_end():
+    env = with_apps("GorillaFileSystem")
+    result(env, "touch", file_name="f")
+    result(env, "echo", content="0123456789" * 30_000, file_name="f")
+    whole = '{"file_content": "' + "0123456789" * 30_000 + '"}'
+    assert result(env, "cat", file_name="f") == whole[-262_144:]
+    result(env, "echo", content="0123456789" * 26_000, file_name="f")
+    assert result(env, "cat", file_name="f") == whole[:18] + "0123456789" * 26_000 + '"}'
 
 
 @needs_bfcl
