@@ -4,7 +4,9 @@ import pickle
 import random
 
 import pytest
+from conftest import ROOT
 from make_base import noisy_script
+from robustness import rewards
 
 from rollout import STATES, Limits, Message, is_clean, parse, play, truth_script, write_calls
 from tools import CATEGORIES, DOCS, HELD_OUT, WORDS, Env, Task, Turn, make_tasks
@@ -247,6 +249,27 @@ def test_a_long_answer_is_cut_before_it_is_encoded(chat, monkeypatch):
         assert episode.spans[2].text == answer[-64 * 20:] and max(map(len, encoded[1:])) <= 64 * 20
         span, ids = episode.spans[2], encode(answer[-64 * 1000:], data=True)
         assert episode.ids[span.start:span.end] == chat.head + ids[-20:] + chat.foot
+
+
+def test_rewards_without_the_work():
+    """results/robustness/rewards.md says what the policies earn that do not do the work."""
+    documented = (ROOT / "results/robustness/rewards.md").read_text()
+    assert rewards.table("tiny", rewards.tiny_tasks(300)) in documented
+    assert "| nothing | 0, 0 of 300 |" in documented and "| junk in every turn | 0, 0 of 300 |" in documented
+
+
+def test_policies():
+    """Turn 1 pays bob; turn 2 asks for the balance, and so does turn 3."""
+    task, check = two_turns(), ("check_balance", {})
+    task.turns.append(task.turns[1])
+    pay, = task.turns[0].calls
+    assert rewards.at_once_then_junk(task) == [[pay, check, check], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.each_twice(task) == [[pay, pay], [check, check], [check, check]]
+    assert rewards.junk_for_reads(task) == [[pay], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.junk_for_known_reads(task) == [[pay], [check], [rewards.JUNK]]
+    assert rewards.reads_first(task) == [[check, check, pay], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.solved([task], "junk for a read whose result is known") == "1, 1 of 1"
+    assert rewards.solved([task], "each call twice") == "0, 0 of 1"
 
 
 def test_noisy_scripts():
