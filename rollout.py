@@ -698,8 +698,7 @@ def demonstrate(chat, task, syntax, limits, closing="lenient", **kw):
 
 
 def _advance(episode, env, chat, ids, logprobs, limits):
-    """One model message into the world: append it, name its state, let the environment answer, append the
-    answer; or, where that ends the episode, its verdict."""
+    """Append one model message, named by its state, and what the environment answers; or its last verdict."""
     text_ids = ids[:-1] if ids[-1] == chat.end_id else ids           # another stop token stays in the text
     ended, turn = ids[-1] in chat.stop_ids, env.turn
     message = parse(chat.text(text_ids), env.syntax, ended)
@@ -707,6 +706,7 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     if not ended and len(episode.ids) >= limits.total:
         env.stop("length_limit")
     elif (answer := env.step(message)) is not None:
+        answer = answer[-64 * limits.observation:]  # to encode 4.6 MB takes 15 s, and only the end is kept
         added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template's; nobody sampled it
         ids = added_end + chat.observation(answer, limits.observation)
         if len(episode.ids) + len(ids) >= limits.total:

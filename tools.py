@@ -22,6 +22,7 @@ import json
 import random
 import sys
 import threading
+import tracemalloc
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -107,9 +108,8 @@ class Shop:
 
 
 class Post:
-    """Held out: no training task, demonstration or tool list ever shows this app (content-OOD). Its tools are
-    new, but spelled with words that training shows (send_mail, add_item -> send_item): a model cannot write a
-    token that it has never seen, and then the score would say nothing about format or tool use."""
+    """Held out: nothing in training shows this app (content-OOD). Its tools are new, but spelled with words
+    that training shows (send_mail, add_item -> send_item): no model writes a token that it has never seen."""
 
     def __init__(self, rng):
         self.parcels = {name: rng.choice(PEOPLE) for name in rng.sample(WORDS, 3)}
@@ -168,6 +168,7 @@ class Task:
     init: object                                 # the apps' initial state: a seed that it is drawn from
     turns: list
     padded: bool = False                         # long_context: every tool result carries filler text
+    early: list = field(default_factory=list)    # withheld tools that answer even before they are revealed
 
     def system(self, syntax):
         return "\n".join(["You can call these tools:", *self.docs.values(), CALL_HELP[syntax]])
@@ -191,13 +192,13 @@ class Task:
         return f"Error: {type(error).__name__} {error}"
 
     def state(self, app):
-        return vars(app)
+        return {k: v for k, v in vars(app).items() if not k.startswith("_")}
 
     def env(self, syntax="A", closing="lenient"):
         return Env(self, syntax, closing)
 
     def verdicts(self, syntax, messages, reward):
-        """A finished conversation -> {ending of the score's name: score}"""
+        """A finished conversation and its reward -> {ending of the score's name: score}"""
         return {"": reward}
 
 
@@ -214,18 +215,14 @@ class Env:
         the degenerate `<tool_call><|im_end|>` is worth as much as a good reply, and calls in turns whose
         ground truth is empty go unpunished.
     closing="strict": a polluted, collapsed or empty message fails the episode, and so do calls where none is
-        right.
-    hide=False: withheld tools answer before they are revealed (BFCL's own executor never hides them)."""
+        right, and calls that task.early answers."""
 
-    def __init__(self, task, syntax="A", closing="lenient", hide=True):
+    def __init__(self, task, syntax="A", closing="lenient"):
         assert syntax in ("A", "B") and closing in ("lenient", "strict"), (syntax, closing)
         self.task, self.syntax, self.closing = task, syntax, closing
         self.apps = task.fresh_apps()            # what the model's calls change
         self.truth = task.fresh_apps()           # the twin that the ground truth changes, one turn at a time
-        self.callable = set(task.docs)
-        if not hide:
-            for turn in task.turns:
-                self.callable |= set(turn.reveal)
+        self.callable = set(task.docs)           # and what is revealed
         self.turn = 0                            # index of the current user turn
         self.turn_calls = 0                      # complete calls in this user turn
         self.results = Counter()                 # every tool result so far, as a multiset of strings
@@ -266,15 +263,19 @@ class Env:
 
     def _run(self, call):
         if isinstance(call, str):
-            return call                          # the block could not be read: its result is the error itself
-        self.turn_calls += 1
+            return call  # an unreadable block: the model reads the error and may go on, as with the authors'
+        self.turn_calls += 1                     # tool server (BFCL's own handler would end the user turn)
         name, args = call
         try:
-            if name not in self.callable:
+            if name not in self.callable and name not in self.task.early:
                 raise NameError(f'there is no tool "{name}"')
+            if name not in self.callable and self.closing == "strict":
+                self._fail()
             result = self.task.call(self.apps, name, args)
-        except Exception as error:               # the model's arguments can break a tool in any way
-            return self.task.explain(error)
+        except Exception as error:               # the model's arguments can break a tool in any way,
+            with contextlib.suppress(Exception):  # and the text of its error (an integer of 5,000 digits)
+                return self.task.explain(error)
+            return "Error: the arguments cannot be written"
         self.results[result] += 1
         return result
 
@@ -565,21 +566,17 @@ class BfclTask(Task):
     def explain(self, error):
         return f"Error during execution: {error}"
 
-    def state(self, app):
-        return {k: v for k, v in vars(app).items() if not k.startswith("_")}
-
     def verdicts(self, syntax, messages, reward):
-        """The conversation's Messages, played once more under two rules -> {"": 1.0, "_strict": 0.0}
+        """The conversation's Messages and its reward under the lenient rule -> {"": 1.0, "_strict": 0.0}
 
         ""       BFCL's own checker: what is called in turns without ground truth does not matter, nor how
                  messages are written, and a withheld tool answers at any time. 800 of 800 ground truths pass.
         _strict  none of that is forgiven. 799 pass: multi_turn_miss_func_49 needs its withheld tool early."""
-        official, strict = Env(self, syntax, "lenient", hide=False), Env(self, syntax, "strict")
-        for env in (official, strict):
-            for message in messages:
-                if env.status is None:
-                    env.step(message)
-        return {"": official.grade(), "_strict": strict.grade()}
+        strict = Env(self, syntax, "strict")
+        for message in messages:
+            if strict.status is None:
+                strict.step(message)
+        return {"": reward, "_strict": strict.grade()}
 
 
 def coerce(value, schema):
@@ -597,13 +594,12 @@ def coerce(value, schema):
     return int(value) if kind == "integer" and type(value) is float and value.is_integer() else value
 
 
-# Why a call cannot hang. (1) `guard` keeps every operation short: after `coerce` no number is an integer that
-# could grow, no text stands for a number (mpmath reads "1e999999999" for minutes), digits are bounded. (2)
-# What is left is Python code running for long: directories can contain themselves or double at each level,
-# and `find` walks all paths. So Python lines are counted, by a trace function, and the one over the budget
-# raises. Unlike signals this works in any thread; unlike a clock it stops the same call everywhere.
+# Why a call can neither hang nor fill the memory. (1) `guard` keeps every operation short: after `coerce` no
+# number is an integer that could grow, no text stands for a number (mpmath reads "1e999999999" for minutes),
+# digits are bounded. (2) `find` walks all paths, of directories that may double at each level: so a trace
+# function counts lines and new memory. It works in any thread and, unlike a clock, stops the same calls.
 MAX_DIGITS = {"precision": 1000, "decimal_places": 400}
-MAX_LINES = 200_000                              # 0.1 s; the longest call of all ground truths runs 11,000
+MAX_LINES, MAX_BYTES = 200_000, 2**24            # 0.1 s, 16 MB; the most of all ground truths: 11,000, 0.3 MB
 
 
 class TooLong(BaseException):
@@ -611,6 +607,8 @@ class TooLong(BaseException):
 
 
 def guard(args, properties):
+    if "source" in args and args["source"] == args.get("destination"):
+        raise ValueError("source and destination are the same")      # cp and mv would make a cycle of folders
     for key, value in args.items():
         if key in MAX_DIGITS and not (type(value) is int and abs(value) <= MAX_DIGITS[key]):
             raise ValueError(f"{key} must be an integer of at most {MAX_DIGITS[key]}")
@@ -619,23 +617,26 @@ def guard(args, properties):
 
 
 @contextlib.contextmanager
-def line_budget(lines):
+def budget():
     def count(frame, event, arg):
         nonlocal lines
         lines -= 1
-        if lines < 0:
+        if lines < 0 or lines % 32 == 0 and tracemalloc.get_traced_memory()[0] > memory:
             raise TooLong
         return count
-    before = sys.gettrace()                      # a debugger's, or None
+    trace, measured = sys.gettrace(), tracemalloc.is_tracing()       # somebody debugs, or looks for a leak
+    tracemalloc.start()
+    lines, memory = MAX_LINES, tracemalloc.get_traced_memory()[0] + MAX_BYTES
     sys.settrace(count)
     try:
         yield
     finally:
-        sys.settrace(before)
+        sys.settrace(trace)
+        if not measured:
+            tracemalloc.stop()
 
 
-# The simulators share process state: mpmath's precision, the decimal context, one weather report. And a
-# result may be part of an app's live state, so it becomes text before the lock is given back.
+# The simulators share state (mpmath's precision, a weather report): a result becomes text inside the lock.
 LOCK = threading.Lock()
 
 
@@ -644,16 +645,15 @@ def run_tool(method, args):
     for p in inspect.signature(method).parameters.values():          # post_tweet(tags=[]): ONE list for all
         if p.name not in args and isinstance(p.default, (list, dict)):
             args[p.name] = copy.deepcopy(p.default)
-    digits = importlib.import_module("mpmath").workdps
     try:
-        with LOCK, decimal.localcontext(), digits(15), line_budget(MAX_LINES):
+        with LOCK, decimal.localcontext(), importlib.import_module("mpmath").workdps(15), budget():
             result = method(**args)
             if isinstance(result, dict):
                 with contextlib.suppress(TypeError, ValueError):     # a Decimal, or a list that holds itself
-                    return json.dumps(result)
-            return str(result)
+                    result = json.dumps(result)
+            return str(result)[-2**18:]          # the longest of all ground truths has 32,000 characters
     except TooLong:
-        raise TimeoutError("the call takes too long") from None
+        raise TimeoutError("the call takes too long, or too much memory") from None
 
 
 def truth_call(text):
@@ -670,7 +670,8 @@ def truth_call(text):
 def bfcl_stories(category):
     """-> the 200 BfclTasks of a category, made of its questions and its answers"""
     name, stories = f"BFCL_v4_multi_turn_{category}.json", []
-    answers = {line["id"]: line for line in read_json_lines(bfcl().data / "possible_answer" / name)}
+    answers = read_json_lines(bfcl().data / "possible_answer" / name)
+    truths = {answer["id"]: answer["ground_truth"] for answer in answers}
     for entry in read_json_lines(bfcl().data / name):
         text = {tool: json.dumps(doc, ensure_ascii=False) for tool, doc in bfcl().docs.items()
                 if bfcl().app_of[tool] in entry["involved_classes"]}
@@ -678,9 +679,8 @@ def bfcl_stories(category):
         withheld = [tool for tools in reveals.values() for tool in tools]
         docs = {tool: doc for tool, doc in text.items() if tool not in withheld}
         task = BfclTask(entry["id"], category, docs, entry["involved_classes"], entry["initial_config"], [],
-                        padded=category == "long_context")
-        truth = answers[entry["id"]]["ground_truth"]
-        for t, (messages, calls) in enumerate(zip(entry["question"], truth, strict=True)):
+                        category == "long_context", withheld)
+        for t, (messages, calls) in enumerate(zip(entry["question"], truths[entry["id"]], strict=True)):
             revealed = "\n".join([text[tool] for tool in reveals.get(t, [])] + [REVEALED])
             reply = DONE if calls else NO_VALUE if category == "miss_param" else NO_TOOL
             task.turns.append(Turn(messages[0]["content"] if messages else revealed,

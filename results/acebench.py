@@ -8,6 +8,7 @@ brackets, as ACEBench asks (ace_brackets; after training in tags new in format a
 (ace_tags; new in content only). All further flags are those of train.py --world bfcl --eval_only.
 """
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -23,7 +24,8 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 import train  # noqa: E402
 from analyze_tokens import table  # noqa: E402
 from sft_step import rank  # noqa: E402
-from tools import DONE, WORLDS, Env, Task, Turn, UserError, read_json_lines, tool_system  # noqa: E402
+from tools import DONE, WORLDS, Env, Task, Turn, UserError, tool_system  # noqa: E402
+from toolace import read_entries  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. An entry as a Task, and when a message solves it
@@ -101,27 +103,55 @@ def squash(text):
 def acebench_tasks(folder, n=None):
     """A folder with data_normal_*.json and possible_answer/ -> the first n [AceTask]; the English release has
     823"""
-    files, tasks = sorted(Path(folder).glob("data_normal_*.json")), []
+    files, tasks = sorted(Path(folder).glob("data_normal_*.json")), {}
     if not files:
         raise UserError(f"--data {folder} has no data_normal_*.json; name ACEBench's folder data_all/data_en")
     for file in files:
-        truths = {line["id"]: line["ground_truth"]
-                  for line in read_json_lines(file.parent / "possible_answer" / file.name)}
-        tasks += [ace_task(entry, truths[entry["id"]]) for entry in read_json_lines(file)]
-    return tasks[:n]
+        answers = file.parent / "possible_answer" / file.name
+        truths = {}
+        for line, answer in read_entries(answers).items():
+            with readable(answers, line):
+                once(truths, of_type(answer["id"], str), answer["ground_truth"])
+        for line, entry in read_entries(file).items():
+            with readable(file, line):
+                once(tasks, of_type(entry["id"], str), ace_task(entry, truths[entry["id"]]))
+    return list(tasks.values())[:n]
+
+
+@contextlib.contextmanager
+def readable(file, line):
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(f"{file}:{line} is no entry of ACEBench ({error!r:.200}).") from error
+
+
+def once(known, id, value):
+    if id in known:
+        raise ValueError(f"{id} is there twice")
+    known[id] = value
+
+
+def of_type(value, kind):
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.60} is no {kind.__name__}")
+    return value
 
 
 def ace_task(entry, truth):
     """truth: {"f_1": {"x": "1"}, "f_2": {"x": "2"}} (f twice), or a list of such answers, each one right"""
     answers = []
     for answer in truth if isinstance(truth, list) else [truth]:
-        answers.append([(re.sub(r"_\d+$", "", name), args) for name, args in answer.items()])
+        answers.append([(re.sub(r"_\d+$", "", name), of_type(args, dict)) for name, args in answer.items()])
     docs, required = {}, {}
     for doc in entry["function"]:
-        docs[doc["name"]] = json.dumps({"type": "function", "function": doc}, ensure_ascii=False)
-        required[doc["name"]] = doc.get("parameters", {}).get("required", [])
+        name = of_type(doc["name"], str)
+        docs[name] = json.dumps({"type": "function", "function": doc}, ensure_ascii=False)
+        required[name] = of_type(doc.get("parameters", {}).get("required", []), list)
+        set(required[name])                      # of names, not of lists
     context = f"Character profile:\n{entry['profile']}" if "profile" in entry else entry.get("time", "")
     turn = Turn("Conversation history 1..t:\n" + entry["question"], answers[0], DONE)
+    "".join([*docs.values(), of_type(context, str), turn.user]).encode()         # no half characters
     return AceTask(entry["id"], "acebench", docs, apps=[], init=answers, turns=[turn], context=context,
                    required=required)
 
@@ -142,6 +172,8 @@ def main(argv=None):
     if own.n is not None and own.n < 1:
         p.error(f"--n {own.n} must be at least 1")
     args = train.parse_args(["--world", "bfcl", "--eval_only", *further])
+    if own.out and not Path(own.out).resolve().parent.is_dir():
+        raise UserError(f"--out {own.out}: there is no such folder; make it first.")
     tasks = acebench_tasks(own.data, own.n)
     sets = {"ace_brackets": [(task, "B") for task in tasks], "ace_tags": [(task, "A") for task in tasks]}
     hf_logging.set_verbosity_error()

@@ -23,18 +23,42 @@ from rollout import bracket_calls, is_clean, parse, write_calls  # noqa: E402
 from tools import UserError, openai_doc, tool_system  # noqa: E402
 
 
+def read_entries(path):
+    """A file of JSON lines, or of one JSON list -> {line number: entry}; a list's are numbered from 1"""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-8-sig")          # with or without a mark at the beginning
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = data[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line} cannot be read: it is not UTF-8; convert the file.") from error
+    if text.lstrip().startswith("["):
+        entries = dict(enumerate(read_json(text, path, 1), 1))
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        entries = {number: read_json(line, path, number) for number, line in lines if line.strip()}
+    if not entries:
+        raise UserError(f"{path} cannot be read: it is empty.")
+    return entries
+
+
+def read_json(text, path, line):
+    """text: what stands in the file from this line on"""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{line + error.lineno - 1} cannot be read: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:        # thousands of digits, thousands of brackets
+        raise UserError(f"{path}:{line} cannot be read: {error}.") from error
+
+
 def read_toolace(path, syntax="A"):
     """-> the dialogues, each a list of messages, and how many entries could not be read"""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            entries = json.loads(text)
-        else:
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it must be ToolACE's JSON file.") from error
-    dialogues = [toolace_dialogue(entry, syntax) for entry in entries]
+    dialogues = [toolace_dialogue(entry, syntax) for entry in read_entries(path).values()]
     readable = [messages for messages in dialogues if messages]
+    if not readable:
+        raise UserError(f"{path} cannot be read: none of its {len(dialogues)} entries is ToolACE's.")
     return readable, len(dialogues) - len(readable)
 
 
@@ -49,6 +73,7 @@ def toolace_dialogue(entry, syntax):
         messages = [{"role": "system", "content": tool_system(shown, syntax)}]
         for turn in entry["conversations"]:
             who, text = turn["from"], turn["value"]
+            text.encode()                        # no text at all, or half a character (a lone surrogate)
             if who == "assistant":
                 text = text.strip()
                 if text.startswith("["):
@@ -58,7 +83,8 @@ def toolace_dialogue(entry, syntax):
             elif who == "tool":
                 text = f"<tool_response>\n{text}\n</tool_response>"
             messages.append({"role": "assistant" if who == "assistant" else "user", "content": text})
-    except (ValueError, TypeError, KeyError, AttributeError):        # tools or calls that are none
+        messages[0]["content"].encode()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):         # not as documented
         return None
     if messages[-1]["role"] == "user":
         messages.pop()                           # it has no answer to learn
@@ -87,14 +113,14 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         dialogues, unreadable = read_toolace(args.file, args.syntax)
-    except UserError as error:
+        text = "".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues)
+        if args.out:
+            Path(args.out).write_text(text)
+        else:
+            sys.stdout.write(text)
+    except (UserError, OSError) as error:        # OSError: of --out
         print(f"toolace.py: error: {error}", file=sys.stderr)
         return 2
-    text = "".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues)
-    if args.out:
-        Path(args.out).write_text(text)
-    else:
-        sys.stdout.write(text)
     print(f"{args.file}: {len(dialogues)} dialogues; left out: {unreadable} that cannot be read",
           file=sys.stderr)
     return 0

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from types import SimpleNamespace
 
 import acebench
@@ -21,6 +22,7 @@ import pytest
 import toolace
 from acebench import ace_equal, acebench_tasks
 from conftest import ROOT
+from robustness import rewards
 
 import supervision
 import tools
@@ -50,8 +52,12 @@ def said(script, syntax="A"):
 
 
 def verdicts(task, script, syntax="A"):
-    """-> {"": 1.0, "_strict": 0.0}. The reward of the run is no part of them."""
-    return task.verdicts(syntax, said(script, syntax), reward=None)
+    """-> {"": 1.0, "_strict": 0.0}, of a conversation under the lenient rule, as evaluations play it"""
+    messages, env = said(script, syntax), task.env(syntax)
+    for message in messages:
+        if env.status is None:
+            env.step(message)
+    return task.verdicts(syntax, messages, env.grade())
 
 
 def one(name, **args):
@@ -162,7 +168,8 @@ def test_strict_verdict():
 
 
 @needs_bfcl
-def test_withheld_tool_is_not_callable_before_its_reveal():
+def test_withheld_tools_are_not_shown_but_answer():
+    """As BFCL's own executor does. The strict rule executes alike and fails the episode."""
     for task in bfcl_stories("miss_func")[:40]:
         k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
         env = Env(task)
@@ -172,9 +179,51 @@ def test_withheld_tool_is_not_callable_before_its_reveal():
             assert json.loads(line)["function"]["name"] in task.turns[k].reveal
         for name in task.turns[k].reveal:
             assert f'"name": "{name}"' not in task.system("A") + task.system("B")
-            assert "there is no tool" in result(Env(task), name)
-            assert "there is no tool" not in result(env, name)
-            assert "there is no tool" not in result(Env(task, hide=False), name)         # as BFCL's executor
+            early, late = Env(task, closing="strict"), Env(task, closing="strict")
+            late.callable.add(name)
+            assert result(early, name) == result(late, name) and "there is no tool" not in result(early, name)
+            assert (early.failed_turn, late.failed_turn) == (0, None)
+        assert "there is no tool" in result(Env(task), "junk")
+
+
+@needs_bfcl
+def test_one_execution_in_training_evaluation_and_replay(small_model):
+    """A policy calls the withheld tool before its reveal, and then does all that the ground truth does. The
+    call is executed twice, so the state decides: right where it bears repetition, wrong in 20 of the 100 test
+    stories. The reward of the rollout, the verdict and the package's own checker agree on each."""
+    from bfcl_eval.eval_checker.multi_turn_eval.multi_turn_checker import multi_turn_checker
+    _, chat = small_model
+    file, wrong = "BFCL_v4_multi_turn_miss_func.json", []
+    entries = read_json_lines(tools.bfcl().data / file)
+    truths = read_json_lines(tools.bfcl().data / "possible_answer" / file)
+    for index in world().stories("test"):
+        task, script = story("miss_func", index), truth_script(story("miss_func", index))
+        k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
+        early = [call for call in task.turns[k].calls if call[0] in task.turns[k].reveal]
+        script[k - 1] = [write_calls(early[:1]), "I cannot."]
+        episode = play(chat, task.env(), script, Limits(total=10**6))
+        messages = [parse(span.text) for span in episode.spans if span.who == "model"]
+        decoded = []
+        for turn in script:
+            decoded.append([as_python(text) for text in turn[:-1]])
+        truth, name = truths[index]["ground_truth"], f"early_{index}"
+        official = multi_turn_checker(decoded, truth, entries[index], "miss_func", name)["valid"]
+        assert [m.text for m in messages] == sum(script, [])
+        assert task.verdicts("A", messages, episode.reward) == {"": official, "_strict": 0}, task.id
+        assert episode.reward == official and episode.status == "finished"
+        wrong += [] if official else [index]
+    assert len(wrong) == 20
+
+
+@needs_bfcl
+def test_rewards_without_the_work():
+    """The first 20 stories of each category; all of them: results/robustness/rewards.md"""
+    lines = rewards.table("bfcl", rewards.bfcl_tasks(20)).splitlines()
+    assert lines[2:5] == ["| the ground truth | 20, 20 of 20 | 20, 20 of 20 | 20, 20 of 20 | 20, 20 of 20 |",
+                          "| nothing | 0, 0 of 20 | 0, 0 of 20 | 0, 0 of 20 | 0, 0 of 20 |",
+                          "| junk in every turn | 0, 0 of 20 | 0, 0 of 20 | 0, 0 of 20 | 0, 0 of 20 |"]
+    assert lines[7] == ("| ... and then junk in every turn | 3, 3 of 20 | 3, 0 of 20 | 3, 0 of 20 "
+                        "| 3, 3 of 20 |")
 
 
 # --- format ------------------------------------------------------------------------------------------------
@@ -316,16 +365,60 @@ def test_a_call_that_would_hang_is_stopped():
     assert "takes too long" in answers[0][1] and max(times) < 5
 
 
+def cycle_of_folders(name):
+    """cd t, which holds x, which holds s, which holds x, ...: without any folder put into itself"""
+    env, x, s = with_apps("GorillaFileSystem"), name + "x", name + "s"
+    for tool, args in [("mkdir", {"dir_name": x}), ("mkdir", {"dir_name": s}),
+                       ("mv", {"source": x, "destination": s}), ("cp", {"source": s, "destination": "t"}),
+                       ("mv", {"source": s, "destination": "t"}), ("cd", {"folder": "t"}),
+                       ("mv", {"source": s, "destination": x})]:
+        assert "rror" not in result(env, tool, **args)
+    return env
+
+
 @needs_bfcl
 def test_directories_that_contain_themselves():
     env = with_apps("GorillaFileSystem")
     result(env, "mkdir", dir_name="d")
-    result(env, "cp", source="d", destination="d")
-    for name in ("find", "du", "pwd", "ls"):
-        result(env, name)
+    for name in ("cp", "mv"):
+        assert "are the same" in result(env, name, source="d", destination="d")
+    assert result(env, "find") == '{"matches": ["./d"]}'
+    env = cycle_of_folders("")
+    for name in ("find", "du"):
+        assert "rror" in result(env, name)
+    for name in ("pwd", "ls"):
+        assert "rror" not in result(env, name)
     copy.deepcopy(env)
+    pickle.dumps(env)
     env.step(parse("Done."))
     assert env.status == "finished"
+
+
+@needs_bfcl
+def test_memory_of_a_call_is_bounded():
+    """`find` in a cycle of folders with long names: half a gigabyte of paths before Python's stack is full"""
+    env = cycle_of_folders("n" * 1000)
+    tracemalloc.start()
+    try:
+        answer = result(env, "find")
+        _, peak = tracemalloc.get_traced_memory()
+        assert tracemalloc.is_tracing()          # ours goes on
+    finally:
+        tracemalloc.stop()
+    assert answer == "Error during execution: the call takes too long, or too much memory" and peak < 20e6
+    result(env, "ls")
+    assert not tracemalloc.is_tracing()
+
+
+@needs_bfcl
+def test_a_long_result_keeps_its_end():
+    env = with_apps("GorillaFileSystem")
+    result(env, "touch", file_name="f")
+    result(env, "echo", content="0123456789" * 30_000, file_name="f")
+    whole = '{"file_content": "' + "0123456789" * 30_000 + '"}'
+    assert result(env, "cat", file_name="f") == whole[-262_144:]
+    result(env, "echo", content="0123456789" * 26_000, file_name="f")
+    assert result(env, "cat", file_name="f") == whole[:18] + "0123456789" * 26_000 + '"}'
 
 
 @needs_bfcl
@@ -566,6 +659,54 @@ def test_acebench_mistakes(ace_folder, tmp_path, monkeypatch, capsys):
         assert words in err and "\n" not in err and not list(tmp_path.iterdir())
 
 
+ENTRY, ANSWER = b'{"id": "a", "question": "Q", "function": []}', b'{"id": "a", "ground_truth": {"f": {}}}'
+QUESTIONS, ANSWERS = "data_normal_x.json", "possible_answer/data_normal_x.json"
+HALF = b'"\\ud800"'                              # half a character, which no tokenizer takes
+BROKEN_ACE = [                                   # (questions, answers, where and what is said of it)
+    (b"", ANSWER, QUESTIONS + " cannot be read: it is empty"),
+    (ENTRY, b"", ANSWERS + " cannot be read: it is empty"),
+    (ENTRY, None, ANSWERS + " cannot be read: No such file"),
+    (ENTRY.decode().encode("utf-16"), ANSWER, QUESTIONS + ":1 cannot be read: it is not UTF-8"),
+    (ENTRY, ANSWER + b"\n\xe9", ANSWERS + ":2 cannot be read: it is not UTF-8"),
+    (ENTRY + b"\n\n{", ANSWER, QUESTIONS + ":3 cannot be read: Expecting property name"),
+    (ENTRY + b'\n{"a":' + b"[" * 100_000, ANSWER, QUESTIONS + ":2 cannot be read: maximum recursion"),
+    (ENTRY + b"\n" + b"9" * 5000, ANSWER, QUESTIONS + ":2 cannot be read: Exceeds the limit"),
+    (b"[1]", ANSWER, QUESTIONS + ":1 is no entry of ACEBench (TypeError"),
+    (ENTRY + b"\n7", ANSWER, QUESTIONS + ":2 is no entry of ACEBench (TypeError"),
+    (ENTRY + b"\n" + ENTRY, ANSWER, QUESTIONS + ":2 is no entry of ACEBench (ValueError('a is there twice"),
+    (ENTRY, ANSWER + b"\n" + ANSWER, ANSWERS + ":2 is no entry of ACEBench (ValueError('a is there twice"),
+    (b'{"id": "b"}', ANSWER, QUESTIONS + ":1 is no entry of ACEBench (KeyError('b'"),
+    (b'{"id": ["a"]}', ANSWER, QUESTIONS + ":1 is no entry of ACEBench (TypeError"),
+    (b'{"id": "a", "question": 5, "function": []}', ANSWER, QUESTIONS + ":1 is no entry of ACEBench"),
+    (ENTRY.replace(b'"Q"', HALF), ANSWER, QUESTIONS + ":1 is no entry of ACEBench (UnicodeEncodeError"),
+    (ENTRY.replace(b"[]", b'[{"name": 5}]'), ANSWER, QUESTIONS + ":1 is no entry of ACEBench (TypeError"),
+    (ENTRY.replace(b"[]", b'[{"name": "f", "parameters": []}]'), ANSWER, QUESTIONS + ":1 is no entry"),
+    (ENTRY.replace(b"[]", b'[{"name": "f", "parameters": {"required": "x"}}]'), ANSWER, "'x' is no list"),
+    (ENTRY.replace(b"[]", b'[{"name": "f", "parameters": {"required": [[]]}}]'), ANSWER, ":1 is no entry"),
+    (ENTRY.replace(b"}", b', "time": 5}'), ANSWER, QUESTIONS + ":1 is no entry of ACEBench (TypeError"),
+    (ENTRY, b'{"id": "a", "ground_truth": []}', QUESTIONS + ":1 is no entry of ACEBench (IndexError"),
+    (ENTRY, b'{"id": "a", "ground_truth": {"f": 3}}', "3 is no dict"),
+    (ENTRY, b'{"id": "a"}', ANSWERS + ":1 is no entry of ACEBench (KeyError('ground_truth'"),
+]
+
+
+@pytest.mark.parametrize("k", range(len(BROKEN_ACE)))
+def test_acebench_broken_files(k, tmp_path, capsys):
+    questions, answers, said = BROKEN_ACE[k]
+    (tmp_path / "possible_answer").mkdir()
+    (tmp_path / QUESTIONS).write_bytes(questions)
+    if answers is not None:
+        (tmp_path / ANSWERS).write_bytes(answers)
+    assert acebench.cli(["--model", "x", "--data", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"acebench.py: error: {tmp_path}/") and said in err and err.count("\n") == 1
+
+
+def test_acebench_out_of_nowhere(ace_folder, capsys):
+    assert acebench.cli(["--model", "x", "--data", str(ace_folder), "--out", "no/such/ace.json"]) == 2
+    assert "--out no/such/ace.json: there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.skipif("ACEBENCH_DIR" not in os.environ,
                     reason="ACEBENCH_DIR does not name ACEBench's English data")
 def test_acebench_ground_truth():
@@ -662,10 +803,59 @@ def test_toolace_becomes_rows(toolace_file, tmp_path, chat):
 
 def test_toolace_mistakes(tmp_path, capsys):
     (tmp_path / "text").write_text("Trends?")
-    for name in ("none.json", "text"):
-        assert toolace.main([str(tmp_path / name)]) == 2
+    for name, said in (("none.json", "No such file"), ("text:1", "Expecting value")):
+        assert toolace.main([str(tmp_path / name.removesuffix(":1"))]) == 2
         seen = capsys.readouterr()
-        assert f"{name} cannot be read" in seen.err and seen.err.count("\n") == 1 and not seen.out
+        assert f"{name} cannot be read: {said}" in seen.err and seen.err.count("\n") == 1 and not seen.out
+
+
+GOOD = json.dumps(toolace_entries()[1])
+DEEP = '[{"name": "f", "parameters": ' + '{"properties": {"a": ' * 400 + "{}" + "}}" * 400 + "}]"
+BROKEN = [                                       # (content, the line that is named or "", what is said of it)
+    (b"", "", "it is empty"),
+    (b"\n \n", "", "it is empty"),
+    (b"[]", "", "it is empty"),
+    (b"null", "", "none of its 1 entries"),
+    (b"17\n\"x\"\n[1]", "", "none of its 3 entries"),
+    (b"[1, [2], \"x\", null, {}]", "", "none of its 5 entries"),
+    (GOOD.encode("utf-16"), ":1", "it is not UTF-8"),
+    (GOOD.encode("utf-16-le"), ":1", "Expecting property name"),
+    ((GOOD + '\n{"system": "\xe9"}').encode("latin-1"), ":2", "it is not UTF-8"),
+    ((GOOD + "\n" + GOOD[:-9]).encode(), ":2", "Unterminated string"),
+    (f"[{GOOD},\n{GOOD},".encode(), ":2", "Expecting value"),
+    (b"[" * 100_000, ":1", "maximum recursion depth"),
+    ((GOOD + '\n{"system": ' + "[" * 100_000).encode(), ":2", "maximum recursion depth"),
+    ((GOOD + '\n{"system": ' + "9" * 5000 + "}").encode(), ":2", "4300 digits"),
+    ((GOOD + "\n" + GOOD + GOOD).encode(), ":2", "Extra data"),
+    (GOOD.replace("Hello.", "\\ud800").encode(), "", "none of its 1 entries"),
+    (json.dumps({"system": DEEP, "conversations": []}).encode(), "", "none of its 1 entries"),
+    (GOOD.replace('"Hello."', "5").encode(), "", "none of its 1 entries"),
+    (GOOD.replace('"Hi"', '["Hi"]').encode(), "", "none of its 1 entries"),
+    (GOOD.replace('"conversations": [', '"conversations": [7, ').encode(), "", "none of its 1 entries"),
+]
+
+
+@pytest.mark.parametrize("k", range(len(BROKEN)))
+def test_toolace_broken_files(k, tmp_path, capsys):
+    """One sentence with file and line, status 2, and nothing written"""
+    content, line, said = BROKEN[k]
+    path, out = tmp_path / "t.json", tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    start = time.perf_counter()
+    assert toolace.main([str(path), "--out", str(out)]) == 2
+    seen = capsys.readouterr()
+    assert f"toolace.py: error: {path}{line} cannot be read: " in seen.err and said in seen.err
+    assert seen.err.count("\n") == 1 and not seen.out and not out.exists() and time.perf_counter() - start < 5
+
+
+def test_toolace_reads_what_is_sound(tmp_path, capsys):
+    """A mark at the beginning, Windows' line ends, empty lines; and --out that cannot be written"""
+    path = tmp_path / "t.json"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n{GOOD}\r\n".encode())
+    dialogues, unreadable = toolace.read_toolace(path)
+    assert (len(dialogues), unreadable) == (2, 0)
+    assert toolace.main([str(path), "--out", str(tmp_path / "no/such/folder")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_training_on_dialogues(toolace_file, folder, tmp_path):

@@ -4,10 +4,12 @@ import pickle
 import random
 
 import pytest
+from conftest import ROOT
 from make_base import noisy_script
+from robustness import rewards
 
-from rollout import STATES, is_clean, parse, truth_script, write_calls
-from tools import CATEGORIES, DOCS, HELD_OUT, Env, Task, Turn, make_tasks
+from rollout import STATES, Limits, Message, is_clean, parse, play, truth_script, write_calls
+from tools import CATEGORIES, DOCS, HELD_OUT, WORDS, Env, Task, Turn, make_tasks
 
 CALL = '<tool_call>\n{"name": "read_file", "arguments": {"name": "plan"}}\n</tool_call>'
 
@@ -158,8 +160,11 @@ def test_categories():
         k = next(i for i, turn in enumerate(task.turns) if turn.reveal)
         assert task.turns[k - 1].calls == [] and set(task.turns[k].reveal).isdisjoint(task.docs)
         call = parse(write_calls(task.turns[k].calls))
-        assert "there is no tool" in Env(task).step(call)            # the withheld tool does not exist
-        assert "there is no tool" not in Env(task, hide=False).step(call)        # before its turn
+        assert "there is no tool" in Env(task).step(call)            # the withheld tool does not exist yet
+        task.early = task.turns[k].reveal        # a world whose withheld tools answer all the same
+        for closing, failed_turn in (("lenient", None), ("strict", 0)):
+            env = Env(task, closing=closing)
+            assert "there is no tool" not in env.step(call) and env.failed_turn == failed_turn
     for task in make_tasks("test", "miss_param", 50):
         assert sum(not turn.calls for turn in task.turns) == 1
     padded, plain = make_tasks("test", "long_context", 1)[0], make_tasks("test", "base", 1)[0]
@@ -220,6 +225,51 @@ def test_hostile_calls_are_observations():
                        ("nothing", {}), READ]:
         assert "\nError: " in env.step(parse(write_calls([(name, args)])))
     assert vars(env.apps["bank"]) == vars(env.truth["bank"])
+
+
+def test_errors_that_cannot_be_written_are_observations():
+    """KeyError: an integer of 6,021 digits, which Python refuses to write"""
+    env = Env(Task("t", "base", dict(DOCS["shop"]), ["shop"], "seed", [Turn("?", [], "")]))
+    for name in ("count_item", "remove_item"):
+        answer = env.step(Message("", "call", [(name, {"name": 16 ** 5000})]))
+        assert answer == "<tool_response>\nError: the arguments cannot be written\n</tool_response>"
+    assert env.turn_calls == 2 and not env.results
+
+
+def test_a_long_answer_is_cut_before_it_is_encoded(chat, monkeypatch):
+    """64 characters per token that is kept: none of the vocabularies' ordinary tokens is longer."""
+    words = " ".join(f"{a} {b}" for a in WORDS for b in WORDS) + " "
+    encoded, encode = [], chat._encode
+    monkeypatch.setattr(chat, "_encode", lambda text, **kw: encoded.append(text) or encode(text, **kw))
+    for text in (words * 1000, words[:64 * 20], words[:100]):
+        env = Env(two_turns())
+        monkeypatch.setattr(env, "_run", lambda call: text)
+        episode = play(chat, env, [[PAY, "Done."], ["ok"]], Limits(total=10**6, observation=20))
+        answer = f"<tool_response>\n{text}\n</tool_response>"
+        assert episode.spans[2].text == answer[-64 * 20:] and max(map(len, encoded[1:])) <= 64 * 20
+        span, ids = episode.spans[2], encode(answer[-64 * 1000:], data=True)
+        assert episode.ids[span.start:span.end] == chat.head + ids[-20:] + chat.foot
+
+
+def test_rewards_without_the_work():
+    """results/robustness/rewards.md says what the policies earn that do not do the work."""
+    documented = (ROOT / "results/robustness/rewards.md").read_text()
+    assert rewards.table("tiny", rewards.tiny_tasks(300)) in documented
+    assert "| nothing | 0, 0 of 300 |" in documented and "| junk in every turn | 0, 0 of 300 |" in documented
+
+
+def test_policies():
+    """Turn 1 pays bob; turn 2 asks for the balance, and so does turn 3."""
+    task, check = two_turns(), ("check_balance", {})
+    task.turns.append(task.turns[1])
+    pay, = task.turns[0].calls
+    assert rewards.at_once_then_junk(task) == [[pay, check, check], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.each_twice(task) == [[pay, pay], [check, check], [check, check]]
+    assert rewards.junk_for_reads(task) == [[pay], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.junk_for_known_reads(task) == [[pay], [check], [rewards.JUNK]]
+    assert rewards.reads_first(task) == [[check, check, pay], [rewards.JUNK], [rewards.JUNK]]
+    assert rewards.solved([task], "junk for a read whose result is known") == "1, 1 of 1"
+    assert rewards.solved([task], "each call twice") == "0, 0 of 1"
 
 
 def test_noisy_scripts():
