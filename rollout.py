@@ -564,7 +564,7 @@ class VLLMEngine:
         config = copy.deepcopy(model.config)
         conversations_that_fit(config, max_tokens, kv_cache_gb, dtype)       # at least one, or it says so
         if max_tokens > (longest := getattr(config, "max_position_embeddings", max_tokens)):
-            raise UserError(f"lower --max_total_tokens (--test_total_tokens): the model has {longest} places.")
+            raise UserError(f"--max_total_tokens, --test_total_tokens: the model has {longest} positions.")
         config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
         # The architecture is all that vLLM reads; weights come by `load`. The folder has the same name in
         # every run of this model, because vLLM's cache of compiled kernels goes by it.

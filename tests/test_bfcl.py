@@ -427,6 +427,7 @@ def test_supervision_on_real_tasks(small_model):
 RUN = ["--world", "bfcl", "--threads", "1", "--prompts", "1", "--group", "2", "--updates", "1",
        "--eval_tasks", "1", "--train_tasks", "3", "--max_messages", "12", "--max_message_tokens", "200",
        "--sft_batch", "2", "--max_total_tokens", "12000", "--max_observation_tokens", "64",
+       "--test_total_tokens", "12500", "--test_observation_tokens", "80",
        "--kl_weight", "0", "--eval_every", "-1"]
 
 
@@ -673,11 +674,11 @@ def test_training_on_dialogues(toolace_file, folder, tmp_path):
     path = tmp_path / "dialogues.jsonl"
     assert toolace.main([str(toolace_file), "--out", str(path)]) == 0
     out = tmp_path / "run"
-    assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_file", str(path),
+    assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_epochs", "3", "--sft_file", str(path),
                       "--sft_batch", "2", "--eval_tasks", "1", "--train_tasks", "3",
                       "--max_total_tokens", "4000", "--eval_every", "-1", "--probe_every", "-1",
                       "--out", str(out)]) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in steps if "phase" in r]
-    assert [r["sft_visits"] for r in steps] == [2, 2] and steps[0]["sft_tokens"] == steps[1]["sft_tokens"]
-    assert steps[1]["sft_loss"] < steps[0]["sft_loss"]
+    assert [(r["sft_rows"], r["sft_visits"], r["sft_updates"]) for r in steps] == [(2, 6, 3)]
+    assert steps[0]["sft_loss_last"] < steps[0]["sft_loss_first"]

@@ -114,23 +114,26 @@ def test_the_world_brings_its_own_defaults():
     assert (train.parse_args([]).lr, train.parse_args([]).kl_weight) == (5e-4, 0)
 
 
-@pytest.mark.parametrize("schedule, phases", [("sft", ["sft"] * 3),
-                                              ("sft_then_rl", ["sft"] * 3 + ["rl"] * 2)])
+@pytest.mark.parametrize("schedule, phases", [("sft", ["sft_phase"]),
+                                              ("sft_then_rl", ["sft_phase", "rl", "rl"])])
 def test_sft_schedules(folder, schedule, phases):
+    """12 conversations of 65 messages, three times: 9 updates of about 22 messages each"""
     out = f"runs/{schedule}"
-    assert train.cli([*RUN, "--signal", "sft", "--schedule", schedule, "--sft_steps", "3", "--steps", "2",
-                      "--sft_batch", "4", "--out", out]) == 0
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", schedule, "--steps", "2", "--sft_batch", "22",
+                      "--out", out]) == 0
     steps = steps_of(out)
     assert [r["phase"] for r in steps] == phases
-    assert steps[2]["sft_loss"] < steps[0]["sft_loss"]
+    assert [steps[0][name] for name in ("sft_rows", "sft_visits", "sft_updates")] == [12, 36, 9]
+    assert steps[0]["sft_loss_last"] < steps[0]["sft_loss"] < steps[0]["sft_loss_first"]
 
 
 @pytest.mark.parametrize("flags, expected", [
     (["--schedule", "rl"], ["rl"] * 4),
-    (["--schedule", "sft", "--sft_steps", "2"], ["sft"] * 2),
+    (["--schedule", "sft"], ["sft_phase"]),
+    (["--schedule", "sft_then_rl"], ["sft_phase"] + ["rl"] * 4),
     (["--schedule", "synchronous"], ["rl+sft"] * 4),
-    (["--schedule", "interleaved", "--phases", "1:1"], ["rl", "rl", "phase", "rl", "rl"]),
-    (["--schedule", "interleaved", "--phases", "1:3"], ["rl", "phase", "rl", "rl", "rl"]),
+    (["--schedule", "interleaved", "--phases", "1:1"], ["rl", "rl", "sft_phase", "rl", "rl"]),
+    (["--schedule", "interleaved", "--phases", "1:3"], ["rl", "sft_phase", "rl", "rl", "rl"]),
     (["--schedule", "adaptive"], ["rl"] * 4),
 ])
 def test_plan(flags, expected):
@@ -148,13 +151,13 @@ def test_adaptive_fires_when_the_alarm_rings_and_keeps_to_its_budget(folder, mon
         return real(*args, **kw) | {"p/open|text": values[next(count)]}
     monkeypatch.setattr(train, "probe", scripted)
     args = [*RUN, "--signal", "sft", "--schedule", "adaptive", "--steps", "8", "--probe_every", "1",
-            "--burst_rows", "6", "--sft_budget", "13", "--sft_batch", "4", "--eval_every", "-1",
+            "--burst_rows", "6", "--sft_budget", "13", "--sft_batch", "18", "--eval_every", "-1",
             "--save_every", "6", "--threads", "1"]
     count = itertools.count()
     assert train.cli([*args, "--out", "runs/adaptive"]) == 0
     assert "step    4  ALARM: p/open|text is 0.05" in capfd.readouterr().out
     steps = steps_of("runs/adaptive")
-    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["phase+rl"] * 2 + ["rl"] * 2     # 18 rows exceed 13
+    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["sft_phase+rl"] * 2 + ["rl"] * 2  # 18 rows exceed 13
     assert [(r["sft_visits"], r["sft_updates"], "reward" in r) for r in steps[4:6]] == [(6, 2, True)] * 2
     assert [r["alarm"] for r in rows("runs/adaptive") if "alarm" in r] == [0] * 4 + [1] * 5
     (folder / "runs/adaptive/checkpoints/latest").write_text("step-6")
@@ -177,7 +180,7 @@ def test_random_bursts_come_at_their_steps(folder):
             "--burst_rows", "3", "--sft_budget", "3", "--eval_every", "-1", "--out", "runs/random-bursts"]
     burst, = train.random_bursts(train.parse_args(args))
     assert burst in (2, 4) and train.cli(args) == 0
-    assert [r["step"] for r in steps_of("runs/random-bursts") if r["phase"] == "phase+rl"] == [burst]
+    assert [r["step"] for r in steps_of("runs/random-bursts") if r["phase"] == "sft_phase+rl"] == [burst]
 
 
 def test_what_the_advantages_are_made_of():
@@ -199,22 +202,23 @@ def test_what_the_advantages_are_made_of():
 
 
 def test_as_released_restarts_in_every_phase(folder):
-    """Warm-up over 5 updates of each phase (lr / 5 first), and a KL that is 0 where a phase begins, although
-    the policy has moved since the run's start."""
-    args = [*RUN, "--signal", "sft", "--schedule", "interleaved", "--phases", "1:1", "--steps", "4",
-            "--sft_batch", "4", "--sft_epochs", "1", "--kl_weight", "0.1", "--updates", "1",
+    """Warm-up from 0 over 5 steps of each phase, and a KL that is 0 where a phase begins, although the policy
+    has moved since the run's start."""
+    args = [*RUN, "--signal", "sft", "--schedule", "interleaved", "--phases", "1:1", "--steps", "6",
+            "--sft_batch", "22", "--sft_epochs", "1", "--kl_weight", "0.1", "--updates", "1",
             "--reward", "random", "--lr", "0.01", "--warmup", "1", "--eval_every", "-1",
             "--probe_every", "-1"]
     assert train.cli([*args, "--as_released", "--out", "runs/released"]) == 0
     released = steps_of("runs/released")
-    assert [r["phase"] for r in released] == ["rl", "rl", "phase", "rl", "rl"]
-    rl = [released[i] for i in (0, 1, 3, 4)]
-    assert [r["lr"] for r in rl] == pytest.approx([0.002, 0.004, 0.002, 0.004])
-    assert rl[0]["kl_ref"] < 1e-6 < rl[1]["kl_ref"] and rl[2]["kl_ref"] < 1e-6 < rl[3]["kl_ref"]
+    assert [r["phase"] for r in released] == ["rl"] * 3 + ["sft_phase"] + ["rl"] * 3
+    first, second = released[:3], released[4:]
+    for rl in (first, second):
+        assert [r["lr"] for r in rl] == pytest.approx([0, 0.002, 0.004])
+        assert rl[0]["kl_ref"] < 1e-6 and rl[1]["kl_ref"] < 1e-6 < rl[2]["kl_ref"]
     assert train.cli([*args, "--out", "runs/unreleased"]) == 0
     plain = steps_of("runs/unreleased")
-    rl = [plain[i] for i in (0, 1, 3, 4)]
-    assert [r["lr"] for r in rl] == [0.01] * 4
+    rl = plain[:3] + plain[4:]
+    assert [r["lr"] for r in rl] == [0.01] * 6
     assert rl[0]["kl_ref"] < 1e-6 and all(r["kl_ref"] > 1e-6 for r in rl[1:])
 
 
@@ -222,8 +226,8 @@ def test_as_released_restarts_in_every_phase(folder):
 def test_killed_run_resumes_to_the_same_numbers(folder):
     """kill -9 in the middle, then --resume: metrics and weights equal those of a run that nobody interrupted,
     bit by bit."""
-    args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_steps", "2", "--steps", "5",
-            "--save_every", "2", "--kl_weight", "0.01", "--sft_batch", "4", "--threads", "1",
+    args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_epochs", "1", "--steps", "6",
+            "--save_every", "2", "--kl_weight", "0.01", "--sft_batch", "22", "--threads", "1",
             "--eval_every", "2", "--probe_every", "3"]
     assert command(*args, "--out", "runs/whole", cwd=folder).returncode == 0
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, "--out", "runs/killed"],
@@ -322,7 +326,11 @@ def test_eval_only(folder, capsys):
     (["--out", "runs/first"], "runs/first exists"),
     (["--out", "runs/nowhere", "--resume"], "no run in runs/nowhere"),
     (["--out", "runs/first", "--resume", "--steps", "3"], "started with --steps 2, not 3"),
-    (["--max_total_tokens", "30"], "--max_total_tokens 30"),
+    (["--max_total_tokens", "30"], "within 30; raise --max_total_tokens"),
+    (["--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["--dtype", "bfloat16"], "train with --shard --compute_dtype bfloat16"),
+    (["--dtype", "bfloat16", "--shard"], "train with --shard --compute_dtype bfloat16"),
+    (["--signal", "ets", "--schedule", "adaptive", "--as_released"], "does not go with --as_released"),
     (["--signal", "sft", "--schedule", "sft", "--max_messages", "1"], "does not fit into the limits"),
 ])
 def test_mistakes_are_one_sentence(folder, capfd, args, words):
@@ -506,7 +514,7 @@ def test_two_processes_equal_one(model, tmp_path, split):
 @pytest.mark.parametrize("name, flags", [
     ("none", []),
     ("prs", ["--signal", "prs", "--schedule", "interleaved", "--phases", "1:1", "--ets_window", "1",
-             "--sft_batch", "8"])])
+             "--sft_batch", "22"])])
 def test_torchrun_equals_one_process(folder, name, flags):
     """The whole script: rollouts, signal, updates, evaluation. Episodes are seeded one by one, so even the
     samples agree."""
@@ -589,7 +597,7 @@ def near(a, b):
 def test_sharded_over_two_processes_is_one_process(folder, two_layers):
     """FSDP2 over two processes, unequal work (5 rows, micro-batches of one or two): metrics and weights of
     one plain process; and its checkpoint continues on ONE process to the same numbers."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "5",
+    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "27",
             "--kl_weight", "0.01", "--micro_tokens", "600", "--steps", "3", "--save_every", "2",
             "--probe_every", "2", "--eval_every", "-1", "--threads", "1"]
     assert train.cli([*args, "--out", "runs/plain"]) == 0
@@ -608,11 +616,11 @@ def test_sharded_over_two_processes_is_one_process(folder, two_layers):
 def test_a_probe_on_one_rank_leaves_the_sharded_ranks_in_step(folder, two_layers):
     """Rank 0 alone runs the model in the probe; the backward pass right after it must gather the same layers
     on both."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4",
-            "--probe_every", "1", "--eval_every", "-1", "--shard"]
+    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "sft", "--sft_batch", "22", "--probe_every",
+            "1", "--eval_every", "-1", "--shard"]
     done = command(*args, "--out", "runs/instep", cwd=folder, n=2)
     assert done.returncode == 0, done.stderr
-    assert [r["skipped_updates"] for r in steps_of("runs/instep")] == [0, 0, 0]
+    assert [(r["sft_updates"], r["skipped_updates"]) for r in steps_of("runs/instep")] == [(9, 0)]
 
 
 def test_a_sharded_update_without_any_mixed_group(folder, two_layers):
@@ -627,7 +635,7 @@ def test_a_sharded_update_without_any_mixed_group(folder, two_layers):
 
 
 def test_bfloat16_compute_keeps_float32_masters(folder):
-    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4",
+    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_epochs", "1", "--sft_batch", "22",
             "--eval_every", "-1"]
     sharded = ["--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/bf16"]
     assert command(*args, *sharded, cwd=folder).returncode == 0
