@@ -22,6 +22,7 @@ import toolace
 from acebench import ace_equal, acebench_tasks
 from conftest import ROOT
 
+import sft_step
 import supervision
 import tools
 import train
@@ -450,6 +451,43 @@ def test_train_and_evaluate_end_to_end(small_model, tmp_path, monkeypatch):
     assert {"long_context", "base_strict", "average", "average_clean"} <= set(scores)
 
 
+@needs_bfcl
+@pytest.mark.parametrize("validation, n, messages", [(0, 300, 2966), (1, 297, 2931)])
+def test_an_epoch_is_the_papers_23_updates(monkeypatch, validation, n, messages):
+    """128 assistant messages each: 69 updates in pure SFT, up to 46 in a phase between RL phases."""
+    monkeypatch.setattr(sft_step, "sft_update", lambda model, optimizer, rows, lr, micro_tokens: {
+        "sft_loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0})
+    rows = []
+    for task in world(validation).mixed("train", 1000):
+        rows.append(SimpleNamespace(states=["call or reply" for turn in truth_script(task) for text in turn]))
+    assert (len(rows), sum(len(row.states) for row in rows)) == (n, messages)
+    flags = ["--world", "bfcl", "--model", "x", "--signal", "sft", "--schedule"]
+    for more, updates in ((["sft", "--sft_epochs", "1"], 23), (["sft"], 69), (["interleaved"], 46)):
+        metrics = sft_step.sft_phase(None, None, rows, train.parse_args(flags + more), "seed")
+        assert metrics["sft_updates"] == updates
+
+
+@needs_bfcl
+def test_without_validation_all_stories_are_trained(small_model, tmp_path, monkeypatch):
+    """--validation 0: the test tasks at the end are the only evaluation, under limits of their own; the probe
+    looks at training tasks."""
+    splits = {split: world(0).stories(split) for split in ("train", "validation", "test")}
+    assert [len(of) for of in splits.values()] == [100, 0, 100] and splits["train"][:3] == [66, 187, 101]
+    monkeypatch.chdir(tmp_path)
+    used, real = [], train.rollout
+
+    def spy(engine, chat, envs, limits, begun, *args, **kw):
+        used.append((limits.total, limits.observation, len(envs)))
+        return real(engine, chat, envs, limits, begun, *args, **kw)
+    monkeypatch.setattr(train, "rollout", spy)
+    assert train.cli([*RUN, "--model", str(small_model[0]), "--validation", "0", "--signal", "sft",
+                      "--schedule", "sft", "--sft_epochs", "1", "--eval_every", "1", "--out", "all"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "all/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "test/average" in r] == [1] and "test/long_context" in rows[-1]
+    assert not any("eval/average" in r for r in rows) and [r["step"] for r in rows if "alarm" in r] == [0, 1]
+    assert used == [(12_500, 80, 5)]                     # four categories and the other syntax, once
+
+
 def test_mistakes_are_one_sentence(monkeypatch, capsys):
     for name in ("bfcl_eval", "bfcl_eval.constants.executable_backend_config"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -675,7 +713,7 @@ def test_training_on_dialogues(toolace_file, folder, tmp_path):
     assert toolace.main([str(toolace_file), "--out", str(path)]) == 0
     out = tmp_path / "run"
     assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_epochs", "3", "--sft_file", str(path),
-                      "--sft_batch", "2", "--eval_tasks", "1", "--train_tasks", "3",
+                      "--sft_batch", "4", "--eval_tasks", "1", "--train_tasks", "3",
                       "--max_total_tokens", "4000", "--eval_every", "-1", "--probe_every", "-1",
                       "--out", str(out)]) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_losses import close, episodes
 
 import analyze_tokens
+import rl_step
 import train
 from analyze_tokens import collapse
 from rl_step import advantages, assign_credit, rl_backward, set_old_logprobs
@@ -164,6 +165,24 @@ def test_adaptive_fires_when_the_alarm_rings_and_keeps_to_its_budget(folder, mon
     count = itertools.count(6)
     assert train.cli([*args, "--out", "runs/adaptive", "--resume"]) == 0
     assert steps_of("runs/adaptive") == steps
+
+
+def test_synchronous_supervision_counts_messages(folder, monkeypatch):
+    """2 updates a step, each on whole conversations of about 22 messages, in shuffled passes over all 12."""
+    trained = []
+
+    def spy(model, rows, weight, micro_tokens):
+        trained.append(rows)
+        return sft_backward(model, rows, weight, micro_tokens)
+    monkeypatch.setattr(rl_step, "sft_backward", spy)
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", "synchronous", "--steps", "4", "--sft_batch",
+                      "22", "--eval_every", "-1", "--out", "runs/sync"]) == 0
+    messages = [sum(len(row.states) for row in rows) for rows in trained]
+    assert len(messages) == 8 and 20 < sum(messages) / 8 < 24 and max(messages) - min(messages) < 16
+    visits = [r["sft_visits"] for r in steps_of("runs/sync")]
+    assert visits == [len(a) + len(b) for a, b in zip(trained[::2], trained[1::2])]
+    in_order = [row.task_id for rows in trained for row in rows]
+    assert len(set(in_order[:12])) == len(set(in_order[12:24])) == 12
 
 
 def test_random_bursts_spend_the_same_budget():
@@ -375,6 +394,52 @@ def test_a_missing_vllm_is_one_sentence(folder, capfd, monkeypatch):
     assert set(folder.rglob("*")) == before
     err = capfd.readouterr().err.strip()
     assert "\n" not in err and "pip install" in err and "--engine hf" in err
+
+
+def test_a_missing_wandb_is_one_sentence(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)                  # import wandb now raises ImportError
+    before = set(folder.rglob("*"))
+    assert train.cli([*RUN, "--wandb", "p", "--out", "runs/new"]) == 2 and set(folder.rglob("*")) == before
+    err = capfd.readouterr().err.strip()
+    assert "\n" not in err and "--wandb" in err and "pip install wandb" in err
+
+
+def test_wandb_gets_the_lines_of_metrics(folder, monkeypatch):
+    begun, logged = [], []
+
+    def init(**kw):
+        begun.append(kw)
+        return SimpleNamespace(log=lambda record, step: logged.append((record, step)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert train.cli([*RUN, "--steps", "1", "--wandb", "collapse", "--out", "runs/wandb"]) == 0
+    lines = [json.loads(line) for line in (folder / "runs/wandb/metrics.jsonl").read_text().splitlines()]
+    assert logged == [(line, line["step"]) for line in lines] and len(lines) == 5
+    config = json.loads((folder / "runs/wandb/config.json").read_text())
+    assert begun == [{"project": "collapse", "name": "runs/wandb", "config": config}]
+
+
+def test_pytorchs_generator_is_seeded():
+    """It decides what dropout drops."""
+    for seed in (3, 4):
+        torch.manual_seed(99)
+        train.start_processes(train.parse_args(["--seed", str(seed)]))
+        assert torch.initial_seed() == seed
+
+
+def test_the_limits_of_test_tasks():
+    """As in training; on bfcl the paper's."""
+    args = train.parse_args(["--max_total_tokens", "900"])
+    assert train.limits_of(args, "test") == train.limits_of(args) and train.limits_of(args).total == 900
+    args = train.parse_args(["--world", "bfcl", "--model", "x"])
+    limits = train.limits_of(args), train.limits_of(args, "validation"), train.limits_of(args, "test")
+    assert [(x.observation, x.total) for x in limits] == [(1024, 16_384), (1024, 16_384), (4096, 24_576)]
+
+
+def test_passes_of_an_sft_phase():
+    """The paper's: 3 where SFT comes first, 2 between RL phases"""
+    for schedule, epochs in (("sft", 3), ("sft_then_rl", 3), ("interleaved", 2)):
+        assert train.parse_args(["--signal", "sft", "--schedule", schedule]).sft_epochs == epochs
+    assert train.parse_args(["--sft_epochs", "5"]).sft_epochs == 5
 
 
 def test_correction(folder):
