@@ -105,7 +105,7 @@ FLAGS = {
         ("test_total_tokens", 0, 0, "test tasks: tokens per episode; 0 = --max_total_tokens"),
         ("test_observation_tokens", 0, 0, "test tasks: of one tool result; 0 = --max_observation_tokens"),
         ("engine", "hf", ("hf", "vllm"), "sample from the trained model, or from a copy in vLLM"),
-        ("kv_cache_gb", 1.0, 0.001, "the sampler's GiB for keys and values, per process")],
+        ("kv_cache_gb", 2.0, 0.001, "the sampler's GiB for keys and values, per process")],
     "policy loss": [
         ("loss", "grpo", LOSSES, "rl_step.LOSSES"),
         ("updates", 3, 1, "optimizer updates per RL step, of whole groups (but --as_released)"),
