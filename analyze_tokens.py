@@ -51,11 +51,14 @@ def read_records(out):
     return records
 
 
-def log_line(path, record):
+def log_line(path, record, wandb=None):
+    """One more line; and, with train.py's --wandb, the same there"""
     if rank() == 0:
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
         with open(path, "a") as f:
             f.write(json.dumps(rounded) + "\n")
+        if wandb:
+            wandb.log(rounded, step=record["step"])
 
 
 def parse_cells(record):

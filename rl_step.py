@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from rollout import is_clean
-from sft_step import (at_trained, in_step, micro_batches, my_share, optimizer_step, over_ranks, set_lr,
-                      sft_backward, shuffled_passes, token_logprobs)
+from sft_step import (at_trained, in_step, message_batches, micro_batches, my_share, optimizer_step,
+                      over_ranks, set_lr, sft_backward, shuffled_passes, token_logprobs)
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. From rewards to advantages
@@ -268,7 +268,10 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
     model.train()
     set_lr(optimizer, lr)
     masked_ids = list(chat.control_ids().values()) if args.mask_control else []
-    done = []
+    done, batches = [], []
+    if rows:  # as many as could be needed: a row has at least one message
+        stream = shuffled_passes(rows, position, args.updates * args.sft_batch, f"{args.seed} rows")
+        batches = message_batches(stream, args.sft_batch)[:args.updates]
     for u in range(args.updates):
         mine = [i for i, e in enumerate(episodes) if mini_batch(e, args) == u]
         metrics = rl_backward(
@@ -278,15 +281,14 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
             correction=args.correction, micro_tokens=args.micro_tokens,
             watch={"open": chat.open_id, "end": chat.end_id})
         if rows:
-            some = shuffled_passes(rows, position + u * args.sft_batch, args.sft_batch, f"{args.seed} rows")
-            metrics |= sft_backward(model, my_share(some), args.sft_weight, args.micro_tokens)
+            metrics |= sft_backward(model, my_share(batches[u]), args.sft_weight, args.micro_tokens)
         loss = metrics["loss"] + metrics.get("sft_loss", 0.0)
         done.append(metrics | optimizer_step(model, optimizer, loss))
     step = {name: sum(m[name] for m in done) / len(done) for name in done[0]}
     step |= {name: sum(m[name] for m in done) for name in ("tokens", "rl_tokens", "skipped_updates")}
     step |= {name: done[0][name] for name in ("gap", "gap_max")}     # before any update: about 0
     if rows:
-        step["sft_visits"] = args.updates * args.sft_batch
+        step["sft_visits"] = sum(len(batch) for batch in batches)
     return step
 
 

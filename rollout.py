@@ -254,13 +254,14 @@ class Limits:
 
 
 # Templates that only ever append, by name (--chat_template). Qwen3's own drops the thinking of earlier
-# messages; without thinking, it samples behind an EMPTY think block, which must then stand before every
-# assistant message of the history too, else the model is trained in contexts that it never sampled in.
+# messages; without thinking, it samples behind an EMPTY think block. Unless that stands before every message
+# of the history too, the model is trained in contexts that it never sampled in: the paper's mismatch.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
           "{% if m['role'] == 'assistant' %}THINK{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\nTHINK{% endif %}")
-TEMPLATES = {"chatml": CHATML.replace("THINK", ""),
-             "qwen3-no-think": CHATML.replace("THINK", "<think>\n\n</think>\n\n")}
+EMPTY = "<think>\n\n</think>\n\n"
+TEMPLATES = {"chatml": CHATML.replace("THINK", ""), "qwen3-no-think": CHATML.replace("THINK", EMPTY)}
+TEMPLATES["qwen3-think-mismatch"] = TEMPLATES["chatml"] + f"{{% if sampling %}}{EMPTY}{{% endif %}}"
 
 
 class Chat:
@@ -305,13 +306,15 @@ class Chat:
         head, self.foot = self._encode(before), self._encode(after)
         self.end_id, self.head = head[0], head[1:]
         self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
+        # What stands behind a prompt for the sampler alone, and is never trained (qwen3-think-mismatch)
+        self.sampler_only = self._encode(self._render(talk, sampling=True).removeprefix(self._render(talk)))
         end = tokenizer.decode([self.end_id])
         if not before.startswith(end) or self.end_id not in tokenizer.get_added_vocab().values():
             raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; "
                             "pass a template whose messages end with one with --chat_template FILE.")
 
-    def _render(self, messages):
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages, **kw):
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kw)
 
     def _encode(self, text, data=False):
         """data: text of tools and users, in which a "<|im_end|>" is spelled out: it never ends a message.
@@ -366,6 +369,7 @@ class Request:
     ids: list                                    # the whole conversation so far
     limit: int                                   # at most so many new tokens
     seed: tuple                                  # of this message: (seed, step, group, sample, n-th message)
+    hidden: int = 0                              # so many of ids, the last ones, stand only in this request
 
 
 @dataclass
@@ -383,8 +387,7 @@ def conversations_that_fit(config, max_tokens, gigabytes, dtype):
     per_token *= getattr(torch, dtype).itemsize                                                      # bytes
     if gigabytes * 2**30 < per_token * max_tokens:
         raise UserError(f"--kv_cache_gb {gigabytes:g} does not hold one conversation: {max_tokens} tokens "
-                        f"(--max_total_tokens) x {per_token} bytes are {per_token * max_tokens / 2**30:.2g} "
-                        "GiB; raise it to several times that.")
+                        f"x {per_token} bytes are {per_token * max_tokens / 2**30:.2g} GiB; raise it.")
     return int(gigabytes * 2**30 / (per_token * max_tokens))
 
 
@@ -508,6 +511,8 @@ class HFEngine:
             if t in self.stop_ids or len(talk.ids) == talk.request.limit:
                 said.append(Said(talk.request.key, talk.ids, talk.logprobs))
                 self.ended[talk.request.key] = slot
+                if talk.request.hidden:          # the cache holds tokens that the conversation does not
+                    talk.cached = len(talk.request.ids) - talk.request.hidden
         return said
 
 
@@ -544,14 +549,12 @@ class VLLMEngine:
         config = copy.deepcopy(model.config)
         conversations_that_fit(config, max_tokens, kv_cache_gb, dtype)       # at least one, or it says so
         if max_tokens > (longest := getattr(config, "max_position_embeddings", max_tokens)):
-            raise UserError(f"--max_total_tokens {max_tokens} is more than the model's {longest} positions; "
-                            "lower it.")
+            raise UserError(f"--max_total_tokens, --test_total_tokens: the model has {longest} positions.")
         config.architectures = config.architectures or [type(model).__name__.removeprefix("FSDP")]
         # The architecture is all that vLLM reads; weights come by `load`. The folder has the same name in
         # every run of this model, because vLLM's cache of compiled kernels goes by it.
-        name = zlib.crc32(config.to_json_string().encode())
-        rank = os.environ.get("RANK", 0)
-        folder = Path(tempfile.gettempdir(), f"vllm-{name:08x}-{os.getuid()}-{rank}")
+        name = f"vllm-{zlib.crc32(config.to_json_string().encode()):08x}-{os.getuid()}"
+        folder = Path(tempfile.gettempdir(), f"{name}-{os.environ.get('RANK', 0)}")
         config.save_pretrained(folder)
         # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request
         # with a seed of its own rewinds its random numbers after the first part, which a CPU's generator
@@ -636,7 +639,8 @@ def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
     messages = env.opening()
     if hint:
         messages[0]["content"] += f"\n\n{hint}"
-    episode = Episode(env.task.id, group_id, sample, source)
+    as_sampled = source != "truth" and not chat.sampler_only
+    episode = Episode(env.task.id, group_id, sample, source, as_sampled=as_sampled)
     episode.append(chat.prompt(messages), "prompt", 0, text=messages[-1]["content"])
     return episode
 
@@ -647,21 +651,19 @@ def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
     def next_message(i):
         e = episodes[i]
         room = min(limits.message, limits.total - len(e.ids))
-        engine.add(Request(i, e.ids, room, (*seed, e.group_id, e.sample, len(e.states))))
+        engine.add(Request(i, e.ids + chat.sampler_only, room, (*seed, e.group_id, e.sample, len(e.states)),
+                           hidden=len(chat.sampler_only)))
 
     engine.reset(temperature)
     for i, e in enumerate(episodes):
         assert len(e.ids) < limits.total, f"{e.task_id}: the prompt fills limits.total = {limits.total}"
         next_message(i)
-    running = len(episodes)
-    while running:
+    while any(env.status is None for env in envs):
         for said in engine.collect():
             env = envs[said.key]
             _advance(episodes[said.key], env, chat, said.ids, said.logprobs, limits)
             if env.status is None:
                 next_message(said.key)
-            else:
-                running -= 1
     engine.reset()  # the cache holds keys of these weights; nobody may use it again
     return episodes
 
@@ -671,7 +673,6 @@ def play(chat, env, script, limits, group_id=-1, sample=0):
     The environment is live, so the tool results are real. If a turn needs more messages than its script has,
     the last one is repeated; if it ends early (by a malformed message), the rest of its script is skipped."""
     episode, turn, k = begin(chat, env, group_id, sample, source="truth"), -1, 0
-    episode.as_sampled = False
     while env.status is None:
         turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
         ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])

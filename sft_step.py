@@ -444,21 +444,48 @@ def sft_update(model, optimizer, rows, lr, micro_tokens):
     return metrics | optimizer_step(model, optimizer, metrics["sft_loss"])
 
 
-SFT_WARMUP = 0.3                                 # share of an SFT phase that warms up (the paper)
-
-
-def sft_phase(model, optimizer, rows, visits, batch, lr, seed, micro_tokens):
-    """A whole SFT phase: `visits` rows, in shuffled passes, `batch` at a time; warm-up, cosine -> metrics"""
-    total, done = -(-visits // batch), []
-    for u in tqdm(range(total), desc="SFT phase", leave=False, disable=None if rank() == 0 else True):
-        up, decay = (u + 1) / max(1, SFT_WARMUP * total), 0.5 * (1 + math.cos(math.pi * u / total))
-        some = shuffled_passes(rows, u * batch, min(batch, visits - u * batch), seed)
-        done.append(sft_update(model, optimizer, some, lr * min(1.0, up) * decay, micro_tokens))
-    metrics = {"sft_rows": len(rows), "sft_updates": total, "sft_visits": visits,
+def sft_phase(model, optimizer, rows, args, seed):
+    """A whole SFT phase: --sft_epochs shuffled passes over rows (a burst: --burst_rows of them) -> metrics"""
+    visits = args.burst_rows if args.schedule.startswith("adaptive") else args.sft_epochs * len(rows)
+    visits = visits if rows else 0
+    batches, done = [], []
+    for start in range(0, visits, max(1, len(rows))):                # pass by pass
+        one_pass = shuffled_passes(rows, start, min(len(rows), visits - start), seed)
+        batches += message_batches(one_pass, args.sft_batch)
+    warmup = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
+    quiet = None if rank() == 0 else True
+    for u, some in enumerate(tqdm(batches, desc="SFT phase", leave=False, disable=quiet)):
+        rate = args.sft_lr * phase_rate(u, len(batches), warmup)
+        done.append(sft_update(model, optimizer, some, rate, args.micro_tokens))
+    metrics = {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": visits,
                "skipped_updates": sum(m["skipped_updates"] for m in done)}
     for name in ("sft_loss", "grad_norm") if done else ():
         metrics[name] = sum(m[name] for m in done) / len(done)
+    if done:
+        metrics |= {"sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
     return metrics
+
+
+def phase_rate(u, total, warmup):
+    """Share of the rate that update u of a phase gets: linear to 1 over the share `warmup` of the updates,
+    then a cosine to 0.   4 updates, warmup .3 -> 1, 1, .75, .25"""
+    rising = int(warmup * total)
+    if u < rising:
+        return (u + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (u - rising) / (total - rising)))
+
+
+def message_batches(rows, size):
+    """Cuts rows into batches of about `size` assistant messages each: the paper's unit. (It trains a message
+    per row, with all that was said before it; here a conversation's messages are trained in one pass.) A row
+    stands in the batch in which its last message falls:   rows of 4, 3, 5, 4 messages, size 8 ->
+    [[4, 3], [5, 4]].   So 297 or 300 conversations of BFCL are 23 updates of 128, as in the paper."""
+    total = sum(len(row.states) for row in rows)
+    n, end, batches = max(1, round(total / size)), 0, {}
+    for row in rows:
+        end += len(row.states)
+        batches.setdefault((end - 1) * n // total, []).append(row)
+    return list(batches.values())
 
 
 def shuffled_passes(items, start, n, seed):

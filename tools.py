@@ -721,8 +721,8 @@ class World:
 class BfclWorld(World):
     """--world bfcl. The defaults are the paper's numbers (its restarts: --as_released)."""
     defaults = dict(steps=300, prompts=60, lr=1e-6, sft_lr=1e-5, kl_weight=1e-4, warmup=10, sft_batch=128,
-                    max_messages=30, max_message_tokens=2048, max_total_tokens=16_384,
-                    max_observation_tokens=1024, eval_tasks=1000)
+                    max_messages=30, max_message_tokens=2048, max_total_tokens=16_384, eval_tasks=1000,
+                    max_observation_tokens=1024, test_total_tokens=24_576, test_observation_tokens=4096)
     eval_closing = "lenient"                     # both verdicts need the conversation to its end
     has_test = True
 
@@ -731,7 +731,7 @@ class BfclWorld(World):
 
     def stories(self, split):
         """Their indices. The halves are the paper's, the same for every category; the last --validation of
-        its training half are set aside, because the paper has none and looks at test tasks instead."""
+        its training half are set aside, because the paper has none (0) and looks at test tasks instead."""
         order, cut = list(range(200)), 100 - self.args.validation
         random.Random(42).shuffle(order)
         return {"train": order[:cut], "validation": order[cut:100], "test": order[100:]}[split]

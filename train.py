@@ -38,8 +38,8 @@ from analyze_tokens import (PROBED, Alarm, checksum, log_line, mean, newest_chec
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
 from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
-from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0_first, sft_phase, sft_update,
-                      shard, shuffled_passes, world_size)
+from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0_first, sft_phase, shard,
+                      shuffled_passes, world_size)
 from supervision import ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, sample_groups
 from tools import BFCL_PACKAGES, CATEGORIES, WORLDS, UserError
 
@@ -53,13 +53,12 @@ GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warni
 FLAGS = {
     "recipe": [
         ("signal", "none", SIGNALS, "supervision beside the reward (supervision.py); none = vanilla GRPO"),
-        ("schedule", "rl", SCHEDULES, "when which update runs (see `plan`)"),
+        ("schedule", "rl", SCHEDULES, "when which update runs (see `plan`); an SFT phase is ONE step"),
         ("steps", 100, 0, "RL steps"),
-        ("sft_steps", 30, 0, "SFT steps of the schedules sft and sft_then_rl"),
-        ("seed", 0, None, "seed of the task order and of all sampling")],
+        ("sft_epochs", 0, 0, "passes over the rows in an SFT phase; 0 = the paper's: 3, between RL phases 2"),
+        ("seed", 0, 0, "seed of the task order and of all sampling")],
     "schedules interleaved, synchronous, adaptive": [
         ("phases", "1:2:3", None, "interleaved: the RL phases' shares of --steps; SFT phases between"),
-        ("sft_epochs", 2, 1, "interleaved: passes over the rows in each SFT phase"),
         ("sft_weight", 1.0, 0, "synchronous: weight of the cross-entropy in the RL update"),
         ("alarm", "p/open|text", None, "adaptive: the probe's metric that rings above 3 x its start"),
         ("burst_rows", 64, 1, "adaptive: rows of a burst of SFT, at every probe while the alarm rings"),
@@ -75,9 +74,8 @@ FLAGS = {
         ("judge_url", None, None, "prs: an OpenAI-compatible server; without one the embedded judge writes"),
         ("judge_model", "judge", None, "prs: model name at that server; key: environment JUDGE_API_KEY")],
     "ablations, each doing one thing": [
-        ("as_released", False, None, "as the authors' code: messages are decoded and encoded again, an end "
-         "token added; groups are spread over the mini-batches; every phase begins with a new optimizer, 5 "
-         "warm-up updates, and a KL that is measured from there"),
+        ("as_released", False, None, "as the authors' code: messages are encoded again, groups spread over "
+         "the updates, and every phase begins with a new optimizer, a warm-up from rate 0, and a KL of 0"),
         ("only", None, ("positive", "negative"), "use only the advantages of one sign"),
         ("reward", "task", ("task", "random", "shuffled", "format"), "see rl_step.assign_credit"),
         ("mask_control", False, None, "a negative advantage does not push control tokens")],
@@ -91,7 +89,7 @@ FLAGS = {
     "world": [
         ("world", "tiny", WORLDS, "tiny = the embedded one; bfcl = BFCL's multi-turn tasks (pip install "
          f"--no-deps {BFCL_PACKAGES}), with the paper's values as defaults: {WORLDS['bfcl'].defaults}"),
-        ("validation", 20, range(1, 100), "bfcl: of 100 training stories, those set aside for evaluation"),
+        ("validation", 20, range(100), "bfcl: of 100 training stories, those set aside for evaluation"),
         ("syntax", "A", ("A", "B"), "A = <tool_call> JSON, B = [f(a='x')]; the other one is format-OOD"),
         ("closing", "lenient", ("lenient", "strict"), "lenient = a message without a complete call ends the "
          "user turn, whatever it holds (the paper); strict = a malformed one fails"),
@@ -104,8 +102,10 @@ FLAGS = {
         ("max_message_tokens", 64, 1, "tokens per model message"),
         ("max_total_tokens", 1024, 2, "tokens per episode"),
         ("max_observation_tokens", 256, 1, "tokens kept of one tool result (the last ones)"),
+        ("test_total_tokens", 0, 0, "test tasks: tokens per episode; 0 = --max_total_tokens"),
+        ("test_observation_tokens", 0, 0, "test tasks: of one tool result; 0 = --max_observation_tokens"),
         ("engine", "hf", ("hf", "vllm"), "sample from the trained model, or from a copy in vLLM"),
-        ("kv_cache_gb", 1.0, 0.001, "the sampler's GiB for keys and values, per process")],
+        ("kv_cache_gb", 2.0, 0.001, "the sampler's GiB for keys and values, per process")],
     "policy loss": [
         ("loss", "grpo", LOSSES, "rl_step.LOSSES"),
         ("updates", 3, 1, "optimizer updates per RL step, of whole groups (but --as_released)"),
@@ -117,7 +117,7 @@ FLAGS = {
     "optimizer": [
         ("lr", 5e-4, 0, "learning rate of RL updates (the paper, 1.5 B: 1e-6)"),
         ("sft_lr", 5e-4, 0, "learning rate of SFT updates (the paper: 1e-5 or 1e-6)"),
-        ("sft_batch", 32, 1, "demonstrations per SFT step, over all processes"),
+        ("sft_batch", 160, 1, "assistant messages per SFT update, in whole conversations (the paper: 128)"),
         ("warmup", 5, 1, "steps of linear warm-up; the first one has lr / warmup, not 0"),
         ("micro_tokens", 0, 0, "tokens per forward pass: memory and speed, never the result; 0 = by device")],
     "run": [
@@ -128,6 +128,7 @@ FLAGS = {
         ("probe_every", 5, -1, "measure the control tokens' probabilities every so many steps (-1 = never)"),
         ("save_every", 25, -1, "checkpoint every so many steps (-1 = only the last)"),
         ("keep", 2, -1, "newest checkpoints kept (-1 = all)"),
+        ("wandb", None, None, "a project at Weights & Biases that gets the lines of metrics.jsonl, too"),
         ("threads", -1, -1, "CPU threads per process (-1 = PyTorch's choice; with vllm on a CPU, 1)")]}
 
 
@@ -145,6 +146,7 @@ def parse_args(argv=None):
     refuse_senseless(args, p.error)
     args.compute_dtype = args.compute_dtype or args.dtype
     args.micro_tokens = args.micro_tokens or (16_384 if torch.cuda.is_available() else 4096)
+    args.sft_epochs = args.sft_epochs or (2 if args.schedule == "interleaved" else 3)
     if not args.eval_only:
         args.out = args.out or f"runs/{args.signal}-{args.schedule}-{args.closing}-seed{args.seed}"
     return args
@@ -189,9 +191,10 @@ def refuse_senseless(args, error):
         if issubclass(signal, ETS) and args.ets_window > min(lengths[:-1], default=args.ets_window):
             error(f"--ets_window {args.ets_window} is longer than the shortest RL phase before an SFT phase "
                   f"({min(lengths[:-1])} steps); lower it, or raise --steps")
-    if args.schedule.startswith("adaptive") and (args.sft_budget < args.burst_rows or args.probe_every < 1):
+    adaptive = args.schedule.startswith("adaptive")
+    if adaptive and (args.sft_budget < args.burst_rows or args.probe_every < 1 or args.as_released):
         error(f"--schedule {args.schedule} needs --probe_every, and a --sft_budget of at least --burst_rows "
-              f"{args.burst_rows}")
+              f"{args.burst_rows}; and it is not the authors', so it does not go with --as_released")
     if args.alarm not in PROBED:
         error(f"--alarm {args.alarm} is not one of the probe's probabilities: {', '.join(PROBED)}")
     if args.world == "bfcl" and args.model == "tiny":
@@ -204,6 +207,8 @@ def refuse_senseless(args, error):
         error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
     if (args.compute_dtype or args.dtype) != args.dtype and not args.shard:
         error(f"--compute_dtype {args.compute_dtype} beside --dtype {args.dtype} needs --shard")
+    if args.dtype == "bfloat16" and not args.eval_only:
+        error("--dtype bfloat16 would round small updates away; train with --shard --compute_dtype bfloat16")
 
 
 def phases(args):
@@ -216,27 +221,25 @@ def phases(args):
 def plan(args):
     """The schedule -> the parts of every step, in order:
 
-      "rl"      rollouts and policy updates
-      "sft"     cross-entropy on a batch of the signal's rows; beside "rl" one more term of the same updates
-      "phase"   a whole SFT phase: --sft_epochs passes over the signal's rows of that moment (a burst, which
-                `burst_due` puts before "rl": --burst_rows of them)"""
+      "rl"          rollouts and policy updates
+      "sft"         beside "rl": cross-entropy on the signal's rows is one more term of the same updates
+      "sft_phase"   --sft_epochs passes over the rows that the signal has now; beside "rl": a burst, first"""
     if args.schedule == "interleaved":
         steps = []
         for length in phases(args):
-            steps += [("rl",)] * length + [("phase",)]
+            steps += [("rl",)] * length + [("sft_phase",)]
         return steps[:-1]
-    sft = [("sft",)] * args.sft_steps if args.schedule in ("sft", "sft_then_rl") else []
+    first = [("sft_phase",)] if args.schedule in ("sft", "sft_then_rl") else []
     both = ("rl", "sft") if args.schedule == "synchronous" else ("rl",)
-    return sft + [both] * (0 if args.schedule == "sft" else args.steps)
+    return first + [both] * (0 if args.schedule == "sft" else args.steps)
 
 
 def burst_due(run, step):
     """adaptive: a burst of SFT before this step's rollouts, at probes, while the alarm rings and the budget
     lasts. adaptive_random, the control: as many bursts as the budget pays for, at probes by the seed."""
     args = run.args
-    if not args.schedule.startswith("adaptive") or step % args.probe_every:
-        return False
-    if run.progress.rows + args.burst_rows > args.sft_budget:
+    spent = run.progress.rows + args.burst_rows > args.sft_budget
+    if spent or not args.schedule.startswith("adaptive") or step % args.probe_every:
         return False
     return run.alarm.on if args.schedule == "adaptive" else step in random_bursts(args)
 
@@ -259,6 +262,7 @@ def start_processes(args):
         args.threads = 1  # vLLM's threads spin while they wait: 20 times slower if they compete
     if args.threads > 0:
         torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)                 # what only a model with dropout draws from
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -313,11 +317,11 @@ def load_model(name, args, device):
 
 
 def make_engine(args, model, chat):
+    longest = max(args.max_total_tokens, args.test_total_tokens) + len(chat.sampler_only)
     if args.engine == "hf":
-        room = args.max_total_tokens, args.kv_cache_gb, args.compute_dtype
-        slots = conversations_that_fit(model.config, *room)
-        return HFEngine(model, chat.stop_ids, slots, args.max_total_tokens)
-    engine = VLLMEngine(model, chat.stop_ids, args.max_total_tokens, args.kv_cache_gb, args.compute_dtype)
+        slots = conversations_that_fit(model.config, longest, args.kv_cache_gb, args.compute_dtype)
+        return HFEngine(model, chat.stop_ids, slots, longest)
+    engine = VLLMEngine(model, chat.stop_ids, longest, args.kv_cache_gb, args.compute_dtype)
     engine.sleep()  # until `sampling` wakes it: the probe and the trainer come first
     return engine
 
@@ -344,10 +348,11 @@ def evaluation_sets(world, args, split):
             sets[category] = [(task, args.syntax) for task in tasks]
     other = "B" if args.syntax == "A" else "A"
     sets |= world.unseen(split, args.eval_tasks, args.syntax)
-    return sets | {"format_ood": [(task, other) for task in world.mixed(split, len(sets["base"]))]}
+    tasks = world.mixed(split, len(sets.get("base", [])))            # --validation 0: none
+    return sets | ({"format_ood": [(task, other) for task in tasks]} if tasks else {})
 
 
-def evaluate(engine, chat, sets, world, args):
+def evaluate(engine, chat, sets, world, args, split="test"):
     """-> {"base": .12, "base_clean": .10 (solved, and every message clean), ..., "average": .10 (of the four
     categories), "average_clean": .08, "state/call": .5, ...}; and a world's further verdicts, such as
     "base_strict" """
@@ -357,7 +362,7 @@ def evaluate(engine, chat, sets, world, args):
     work, judged = my_share(work), []
     envs = [env for _, env in work]
     begun = [begin(chat, env) for env in envs]
-    done = rollout(engine, chat, envs, limits_of(args), begun, temperature=0.0)
+    done = rollout(engine, chat, envs, limits_of(args, split), begun, temperature=0.0)
     for (name, env), e in zip(work, done, strict=True):
         messages = [parse(s.text, env.syntax, s.state != "cut") for s in e.spans if s.who == "model"]
         verdicts = env.task.verdicts(env.syntax, messages, e.reward)
@@ -373,9 +378,11 @@ def evaluate(engine, chat, sets, world, args):
     return scores | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 
 
-def limits_of(args):
-    return Limits(args.max_messages, args.max_message_tokens, args.max_total_tokens,
-                  args.max_observation_tokens)
+def limits_of(args, split="train"):
+    total, observation = args.max_total_tokens, args.max_observation_tokens
+    if split == "test":
+        total, observation = args.test_total_tokens or total, args.test_observation_tokens or observation
+    return Limits(args.max_messages, args.max_message_tokens, total, observation)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -451,7 +458,7 @@ def restore(run, checkpoint):
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
-                  "judge_url", "kv_cache_gb"}
+                  "judge_url", "kv_cache_gb", "wandb"}
 
 
 def run_config(args):
@@ -485,9 +492,8 @@ class Progress:
     of the seed, the step and the place where it is made."""
     step: int = 0
     rl_steps: int = 0
-    sft_steps: int = 0                           # updates with cross-entropy alone
     rows: int = 0  # supervised rows trained; the position in the stream of "sft"
-    phase: str = ""  # the last step's parts: "rl", "sft", "phase", "rl+sft", "phase+rl"
+    phase: str = ""  # the last step's parts: "rl", "sft_phase", "rl+sft", "sft_phase+rl"
     since_switch: int = 0                        # steps since they changed
 
 
@@ -501,7 +507,7 @@ def build(args, device):
     say(f"model: {start_from}, {millions:.2f} M parameters, {world_size()} process(es) on {device}")
     sets = evaluation_sets(world, args, "test" if args.eval_only else "validation")
     if args.eval_only:
-        refuse_long_prompts(chat, args, *sets.values())
+        refuse_long_prompts(chat, limits_of(args, "test"), *sets.values())
         with sampling(engine := make_engine(args, model, chat), model):
             scores = evaluate(engine, chat, sets, world, args)
         say(table({"score": scores}))
@@ -513,8 +519,8 @@ def build(args, device):
         rank0_first(lambda: Judge(args.judge_url, args.judge_model).check())
     tasks = world.mixed("train", args.train_tasks)
     test_sets = evaluation_sets(world, args, "test") if world.has_test else {}       # played once, at the end
-    in_training = [(task, args.syntax) for task in tasks]
-    refuse_long_prompts(chat, args, in_training, *sets.values(), *test_sets.values())
+    refuse_long_prompts(chat, limits_of(args), [(task, args.syntax) for task in tasks], *sets.values())
+    refuse_long_prompts(chat, limits_of(args, "test"), *test_sets.values())
     signal = SIGNALS[args.signal](args, chat, tasks, limits_of(args))
     if signal.note:
         say(signal.note)
@@ -523,7 +529,8 @@ def build(args, device):
         reference = load_model(start_from, args, device)[0].eval().requires_grad_(False)
     # The probe: ground truth of held-out tasks, on rank 0. It samples nothing, so no limit need cut it.
     wide = Limits(10**3, 10**6, 10**6, args.max_observation_tokens)
-    shown = world.mixed("validation", 30) if rank() == 0 and args.probe_every > 0 else []
+    held_out = world.mixed("validation", 30) or world.mixed("train", 30)         # --validation 0: no others
+    shown = held_out if rank() == 0 and args.probe_every > 0 else []
     probe_rows = [demonstrate(chat, task, args.syntax, wide, args.closing) for task in shown]
     with gathered(model):
         at_start = truth_logprobs(model, probe_rows, args.micro_tokens)
@@ -534,18 +541,18 @@ def build(args, device):
         chat=chat, engine=make_engine(args, model, chat), reference=reference,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY),
         probe_rows=probe_rows, at_start=at_start, classes=token_classes(chat), alarm=Alarm(),
-        progress=Progress())
+        progress=Progress(), wandb=None)
     if checkpoint:
         restore(run, checkpoint)
     return run
 
 
-def refuse_long_prompts(chat, args, *sets):
+def refuse_long_prompts(chat, limits, *sets):
     for task, syntax in [pair for pairs in sets for pair in pairs]:
         length = len(chat.prompt(task.opening(syntax)))
-        if length >= args.max_total_tokens:
-            raise UserError(f"the prompt of {task.id} has {length} tokens, which leaves no room for an "
-                            f"answer within --max_total_tokens {args.max_total_tokens}; raise it.")
+        if length >= limits.total:
+            raise UserError(f"the prompt of {task.id} has {length} tokens: no room for an answer within "
+                            f"{limits.total}; raise --max_total_tokens, or --test_total_tokens.")
 
 
 def look(run, step, last):
@@ -563,20 +570,20 @@ def look(run, step, last):
         if run.alarm.update(found[args.alarm]) and not was_on:
             now, first = found[args.alarm], mean(run.alarm.first)
             say(f"step {step:4d}  ALARM: {args.alarm} is {now:.3g}, at first {first:.3g}")
-        log_line(metrics, {"step": step, "alarm": int(run.alarm.on)} | found)
+        log_line(metrics, {"step": step, "alarm": int(run.alarm.on)} | found, run.wandb)
     for name, sets, now in (("eval", run.sets, step in (0, last) or due(args.eval_every)),
                             ("test", run.test_sets, step == last)):
         if sets and now:
             with sampling(run.engine, run.model):
-                scores = evaluate(run.engine, run.chat, sets, run.world, args)
+                scores = evaluate(run.engine, run.chat, sets, run.world, args, name)
             say(f"step {step:4d}  {name} " + "  ".join(f"{k} {scores[k]:.3f}" for k in sets))
-            log_line(metrics, {"step": step} | {f"{name}/{k}": v for k, v in scores.items()})
+            log_line(metrics, {"step": step} | {f"{name}/{k}": v for k, v in scores.items()}, run.wandb)
     if step > run.progress.step and (step == last or due(args.save_every)):
         save_checkpoint(run, step, alarm)
 
 
 def enter_phase(run, parts):
-    """Has the phase changed? --as_released restarts there. -> the factor of the warm-up"""
+    """Has the phase changed? --as_released restarts there. -> the factor of RL's warm-up"""
     args, progress, phase = run.args, run.progress, "+".join(parts)
     if phase != progress.phase:
         if args.as_released:
@@ -585,9 +592,8 @@ def enter_phase(run, parts):
                 run.reference.load_state_dict(run.model.state_dict())
         progress.phase, progress.since_switch = phase, 0
     if args.as_released:
-        return min(1.0, (progress.since_switch + 1) / 5)
-    steps = progress.rl_steps if "rl" in parts else progress.sft_steps
-    return min(1.0, (steps + 1) / args.warmup)
+        return min(1.0, progress.since_switch / (5 if args.schedule == "interleaved" else args.warmup))
+    return min(1.0, (progress.rl_steps + 1) / args.warmup)
 
 
 def share_rollouts(run, step, episodes, credit):
@@ -598,10 +604,10 @@ def share_rollouts(run, step, episodes, credit):
     return rollout_metrics(everyones, credit)
 
 
-def supervised_rows(run, log, needed=False):
+def supervised_rows(run, log):
     """The signal's rows of this moment, on all ranks"""
     rows, log["sft_rows_left_out"] = rank0_first(lambda: (run.signal.rows(), run.signal.left_out))
-    if needed and not rows:
+    if not rows and run.args.schedule in ("sft", "sft_then_rl"):
         raise UserError(f"--signal {run.args.signal} has no rows at step {log['step']}, and this step trains "
                         "nothing else; use a schedule that begins with RL.")
     return rows
@@ -627,18 +633,14 @@ def train(run):
     for step in tqdm(range(start, len(schedule)), args.out, len(schedule), initial=start, disable=quiet):
         look(run, step, len(schedule))
         began = time.time()
-        parts = ("phase", "rl") if burst_due(run, step) else schedule[step]
+        parts = ("sft_phase", "rl") if burst_due(run, step) else schedule[step]
         warm = enter_phase(run, parts)
         log = {"step": step, "phase": run.progress.phase, "skipped_updates": 0}
 
-        if "phase" in parts:
+        if "sft_phase" in parts:
             # ---- a whole SFT phase, on the rows that the signal has now
             rows = supervised_rows(run, log)
-            visits = args.sft_epochs * len(rows) if args.schedule == "interleaved" else args.burst_rows
-            log |= sft_phase(model, optimizer, rows, visits if rows else 0, args.sft_batch, args.sft_lr,
-                             f"{args.seed} phase {step}", args.micro_tokens)
-            progress.sft_steps += log["sft_updates"]
-            progress.rows += log["sft_visits"]
+            log |= sft_phase(model, optimizer, rows, args, seed=f"{args.seed} phase {step}")
 
         if "rl" in parts:
             # ---- roll out: G conversations for each prompt; whole groups stay on one rank
@@ -666,21 +668,12 @@ def train(run):
             updates["skipped_updates"] += log["skipped_updates"]     # those of a burst before
             log |= updates
             progress.rl_steps += 1
-            progress.rows += log["sft_visits"] if rows else 0
-
-        elif "sft" in parts:
-            # ---- one cross-entropy update on a batch of the signal's rows
-            rows = supervised_rows(run, log, needed=True)
-            some = shuffled_passes(rows, progress.rows, args.sft_batch, f"{args.seed} rows")
-            log |= sft_update(model, optimizer, some, args.sft_lr * warm, args.micro_tokens)
-            log["sft_visits"] = len(some)
-            progress.sft_steps += 1
-            progress.rows += len(some)
 
         # ---- log
+        progress.rows += log.get("sft_visits", 0)
         progress.since_switch += 1
         log |= {"lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
-        log_line(Path(args.out) / "metrics.jsonl", log)
+        log_line(Path(args.out) / "metrics.jsonl", log, run.wandb)
         say_step(log)
     look(run, len(schedule), len(schedule))
 
@@ -691,6 +684,11 @@ def main(argv=None):
     hf_logging.disable_progress_bar()
     if args.engine == "vllm":
         import_vllm()                            # if it is missing, say so before anything is built
+    if args.wandb:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"--wandb needs its package ({error}): pip install wandb") from error
     run = build(args, start_processes(args))
     if run is None:
         return
@@ -702,6 +700,8 @@ def main(argv=None):
             # Without the lines of steps that a resumed run will do again, and one that was cut in the middle.
             kept = [r for r in (read_records(path) if path.exists() else []) if r["step"] < run.progress.step]
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        if args.wandb:
+            run.wandb = wandb.init(project=args.wandb, name=args.out, config=run_config(args))
     say(f"run folder: {out}, steps {run.progress.step} to {len(plan(args))}")
     train(run)
     if rank() == 0:

@@ -180,7 +180,7 @@ def main(argv=None):
     hf_logging.disable_progress_bar()
     device = train.start_processes(args)
     model, chat = train.load_model(train.starting_point(args), args, device)
-    train.refuse_long_prompts(chat, args, *sets.values())
+    train.refuse_long_prompts(chat, train.limits_of(args, "test"), *sets.values())
     engine = train.make_engine(args, model, chat)
     with train.sampling(engine, model):
         scores = train.evaluate(engine, chat, sets, WORLDS[args.world](args), args)

@@ -47,7 +47,7 @@ COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"   # t
 SLOW, FAST = "--lr 2e-4", "--lr 1e-3 --steps 60"
 ETS, PRS = "--signal ets --schedule interleaved", "--signal prs --schedule interleaved"
 ADAPTIVE = "--signal ets --schedule adaptive --sft_budget 256"           # about as many rows as ETS trains
-SYNC = "--signal ets --schedule synchronous --sft_batch 16"
+SYNC = "--signal ets --schedule synchronous --sft_batch 80"
 RECIPES = {
     # the paper's comparison, and ours
     "none": Recipe("", 5),

@@ -270,7 +270,7 @@ def test_a_run_without_probes_is_drawn_too(folder):
 
 
 def test_a_run_of_sft_only_says_what_it_lacks(folder, capsys):
-    assert train.cli([*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_batch", "4",
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", "sft", "--sft_epochs", "1", "--sft_batch", "22",
                       "--out", "runs/only"]) == 0
     assert plot.main(["only.png", "runs/only"]) == 2 and "has no RL steps" in capsys.readouterr().err
     assert main(["--transcripts", "runs/only"]) == 2 and "is empty" in capsys.readouterr().err

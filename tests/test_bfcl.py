@@ -24,6 +24,7 @@ from acebench import ace_equal, acebench_tasks
 from conftest import ROOT
 from robustness import rewards
 
+import sft_step
 import supervision
 import tools
 import train
@@ -520,6 +521,7 @@ def test_supervision_on_real_tasks(small_model):
 RUN = ["--world", "bfcl", "--threads", "1", "--prompts", "1", "--group", "2", "--updates", "1",
        "--eval_tasks", "1", "--train_tasks", "3", "--max_messages", "12", "--max_message_tokens", "200",
        "--sft_batch", "2", "--max_total_tokens", "12000", "--max_observation_tokens", "64",
+       "--test_total_tokens", "12500", "--test_observation_tokens", "80",
        "--kl_weight", "0", "--eval_every", "-1"]
 
 
@@ -540,6 +542,43 @@ def test_train_and_evaluate_end_to_end(small_model, tmp_path, monkeypatch):
     assert train.cli([*RUN, "--model", "r", "--eval_only", "--out", "e"]) == 0
     scores = json.loads((tmp_path / "e/eval.json").read_text())
     assert {"long_context", "base_strict", "average", "average_clean"} <= set(scores)
+
+
+@needs_bfcl
+@pytest.mark.parametrize("validation, n, messages", [(0, 300, 2966), (1, 297, 2931)])
+def test_an_epoch_is_the_papers_23_updates(monkeypatch, validation, n, messages):
+    """128 assistant messages each: 69 updates in pure SFT, up to 46 in a phase between RL phases."""
+    monkeypatch.setattr(sft_step, "sft_update", lambda model, optimizer, rows, lr, micro_tokens: {
+        "sft_loss": 0.0, "grad_norm": 0.0, "skipped_updates": 0})
+    rows = []
+    for task in world(validation).mixed("train", 1000):
+        rows.append(SimpleNamespace(states=["call or reply" for turn in truth_script(task) for text in turn]))
+    assert (len(rows), sum(len(row.states) for row in rows)) == (n, messages)
+    flags = ["--world", "bfcl", "--model", "x", "--signal", "sft", "--schedule"]
+    for more, updates in ((["sft", "--sft_epochs", "1"], 23), (["sft"], 69), (["interleaved"], 46)):
+        metrics = sft_step.sft_phase(None, None, rows, train.parse_args(flags + more), "seed")
+        assert metrics["sft_updates"] == updates
+
+
+@needs_bfcl
+def test_without_validation_all_stories_are_trained(small_model, tmp_path, monkeypatch):
+    """--validation 0: the test tasks at the end are the only evaluation, under limits of their own; the probe
+    looks at training tasks."""
+    splits = {split: world(0).stories(split) for split in ("train", "validation", "test")}
+    assert [len(of) for of in splits.values()] == [100, 0, 100] and splits["train"][:3] == [66, 187, 101]
+    monkeypatch.chdir(tmp_path)
+    used, real = [], train.rollout
+
+    def spy(engine, chat, envs, limits, begun, *args, **kw):
+        used.append((limits.total, limits.observation, len(envs)))
+        return real(engine, chat, envs, limits, begun, *args, **kw)
+    monkeypatch.setattr(train, "rollout", spy)
+    assert train.cli([*RUN, "--model", str(small_model[0]), "--validation", "0", "--signal", "sft",
+                      "--schedule", "sft", "--sft_epochs", "1", "--eval_every", "1", "--out", "all"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "all/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "test/average" in r] == [1] and "test/long_context" in rows[-1]
+    assert not any("eval/average" in r for r in rows) and [r["step"] for r in rows if "alarm" in r] == [0, 1]
+    assert used == [(12_500, 80, 5)]                     # four categories and the other syntax, once
 
 
 def test_mistakes_are_one_sentence(monkeypatch, capsys):
@@ -863,11 +902,11 @@ def test_training_on_dialogues(toolace_file, folder, tmp_path):
     path = tmp_path / "dialogues.jsonl"
     assert toolace.main([str(toolace_file), "--out", str(path)]) == 0
     out = tmp_path / "run"
-    assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_steps", "2", "--sft_file", str(path),
-                      "--sft_batch", "2", "--eval_tasks", "1", "--train_tasks", "3",
+    assert train.cli(["--signal", "sft", "--schedule", "sft", "--sft_epochs", "3", "--sft_file", str(path),
+                      "--sft_batch", "4", "--eval_tasks", "1", "--train_tasks", "3",
                       "--max_total_tokens", "4000", "--eval_every", "-1", "--probe_every", "-1",
                       "--out", str(out)]) == 0
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in steps if "phase" in r]
-    assert [r["sft_visits"] for r in steps] == [2, 2] and steps[0]["sft_tokens"] == steps[1]["sft_tokens"]
-    assert steps[1]["sft_loss"] < steps[0]["sft_loss"]
+    assert [(r["sft_rows"], r["sft_visits"], r["sft_updates"]) for r in steps] == [(2, 6, 3)]
+    assert steps[0]["sft_loss_last"] < steps[0]["sft_loss_first"]

@@ -20,7 +20,8 @@ from conftest import ROOT
 from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
                      set_old_logprobs)
 from rollout import Episode
-from sft_step import Family, Layout, at_trained, micro_batches, optimizer_step, sft_backward, token_logprobs
+from sft_step import (Family, Layout, at_trained, message_batches, micro_batches, optimizer_step, phase_rate,
+                      sft_backward, sft_phase, token_logprobs)
 
 
 def episodes(seed=0, n=8, vocab=500, groups=2):
@@ -152,6 +153,64 @@ def test_trained_tokens():
             SimpleNamespace(ids=[7, 5], mask=[0, 1], logprobs=[0, -0.3])]
     assert at_trained(rows, "logprobs", "cpu").tolist() == pytest.approx([-0.1, -0.2, -0.3])
     assert at_trained(rows, "ids", "cpu").tolist() == [8, 9, 5]
+
+
+# --- an SFT phase -------------------------------------------------------------------------------------------
+def conversations(*lengths):
+    """4, 3 -> two rows, of 4 and of 3 assistant messages"""
+    return [SimpleNamespace(name=i, states=["reply"] * n) for i, n in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("lengths, size, expected", [
+    ((4, 3, 5, 4), 8, [[0, 1], [2, 3]]),         # size counts messages; conversations stay whole
+    ((5, 5, 5, 5), 8, [[0, 1], [2, 3]]),         # 2.5 batches are 2
+    ((1, 1, 1, 1, 1), 2, [[0, 1, 2], [3, 4]]),
+    ((2, 2), 100, [[0, 1]]),                     # less than one batch
+    ((9, 9), 2, [[0], [1]]),                     # longer than a batch
+    ((), 8, [])])
+def test_message_batches(lengths, size, expected):
+    batches = message_batches(conversations(*lengths), size)
+    assert [[row.name for row in batch] for batch in batches] == expected
+
+
+def test_the_rate_of_a_phase_reaches_its_top():
+    """Linear over 30 % of the updates, then a cosine from there to 0."""
+    assert [phase_rate(u, 4, 0.3) for u in range(4)] == pytest.approx([1, 1, .75, .25])          # sum 3
+    assert [round(phase_rate(u, 46, 0.3), 3) for u in range(46)] == [
+        .077, .154, .231, .308, .385, .462, .538, .615, .692, .769, .846, .923, 1, 1, .998, .991, .980, .964,
+        .944, .921, .893, .862, .827, .790, .750, .708, .664, .618, .571, .524, .476, .429, .382, .336, .292,
+        .250, .210, .173, .138, .107, .079, .056, .036, .020, .009, .002]
+    assert sum(phase_rate(u, 46, 0.3) for u in range(46)) == pytest.approx(24)
+    assert [phase_rate(u, 1, 0.3) for u in range(1)] == [1]
+
+
+def phase(monkeypatch, rows, schedule="interleaved", epochs=2, size=8, burst=64):
+    """-> the (names, rate) of the updates of an SFT phase, and its metrics"""
+    updates = []
+
+    def update(model, optimizer, some, lr, micro_tokens):
+        updates.append(([row.name for row in some], lr))
+        return {"sft_loss": 4.0 - len(updates), "grad_norm": 1.0, "skipped_updates": 0}
+    monkeypatch.setattr(sft_step, "sft_update", update)
+    args = SimpleNamespace(schedule=schedule, sft_epochs=epochs, sft_batch=size, burst_rows=burst,
+                           sft_lr=0.01, micro_tokens=100)
+    return updates, sft_phase(None, None, rows, args, "seed")
+
+
+def test_a_phase_passes_over_its_rows(monkeypatch):
+    """Two passes, each cut into 16 / 8 updates and in an order of its own, at the rates above."""
+    updates, metrics = phase(monkeypatch, conversations(4, 3, 5, 4))
+    said = [names for names, _ in updates]
+    assert sorted(said[0] + said[1]) == sorted(said[2] + said[3]) == [0, 1, 2, 3]
+    assert [lr for _, lr in updates] == pytest.approx([.01, .01, .0075, .0025])
+    assert metrics == {"sft_rows": 4, "sft_updates": 4, "sft_visits": 8, "skipped_updates": 0,
+                       "sft_loss": 1.5, "sft_loss_first": 3.0, "sft_loss_last": 0.0, "grad_norm": 1.0}
+    updates, _ = phase(monkeypatch, conversations(*[4] * 20), "sft", epochs=1)       # SFT first: 10 % warm-up
+    assert [lr for _, lr in updates[:2]] == pytest.approx([.01, .01]) and len(updates) == 10
+    updates, metrics = phase(monkeypatch, conversations(4, 3, 5, 4), "adaptive", burst=6)
+    assert metrics["sft_visits"] == 6 == sum(len(names) for names, _ in updates)     # a burst counts rows
+    assert phase(monkeypatch, []) == ([], {"sft_rows": 0, "sft_updates": 0, "sft_visits": 0,
+                                           "skipped_updates": 0})
 
 
 # --- the layout of a training pass --------------------------------------------------------------------------

@@ -132,6 +132,16 @@ def test_qwen3_is_refused_with_its_own_template_and_right_with_ours(make):
     assert all(episode.mask[s.start - 1] == 0 and episode.ids[s.end - 1] == 151645 for s in said)
 
 
+def test_qwen3_mismatch_hides_the_block_from_the_trained_ids(make):
+    tokenizer = make("qwen3", "qwen3")
+    tokenizer.chat_template = rollout.TEMPLATES["qwen3-think-mismatch"]
+    chat, talk = Chat(tokenizer), [{"role": "user", "content": "Hi"}]
+    assert chat.sampler_only == NO_THINK
+    assert chat.prompt(talk) == [151644, 872, 198, 13048, 151645, 198, 151644, 77091, 198]
+    talk += [{"role": "assistant", "content": "Hi"}]
+    assert chat.prompt(talk)[9:] == [13048, 151645, 198, 151644, 77091, 198]
+
+
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training", "qwen3_instruct_2507"])
 def test_templates_that_only_append_are_taken_as_they_are(make, template):
     assert Chat(make("qwen3", template)).end_id == 151645

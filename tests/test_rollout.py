@@ -826,6 +826,34 @@ def test_qwen3_without_thinking_has_the_empty_block_in_sampled_and_trained_ids(t
     assert chat._render(messages).startswith(chat._render(messages[:2]) + CHECK)
 
 
+def test_qwen3_mismatch_shows_the_empty_block_to_the_sampler_alone(model, chat, tokenizer):
+    """What the paper did: every message is sampled behind an empty think block; neither it nor any message of
+    the history has one in the trained ids. The sampler's cache forgets the block, too."""
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = TEMPLATES["qwen3-think-mismatch"]
+    mismatch = Chat(other)
+    block = mismatch.sampler_only
+    assert mismatch.text(block) == "<think>\n\n</think>\n\n" and chat.sampler_only == []
+    said = [mismatch.message(text) for text in (CHECK, "Done.", CHECK, "Done.")]
+    env, requests = Env(task()), []
+    engine = SimpleNamespace(reset=lambda temperature=1.0: None, add=requests.append, collect=lambda: [
+        Said(0, said[len(requests) - 1], [-0.5] * len(said[len(requests) - 1]))])
+    e, = rollout(engine, mismatch, [env], LIMITS, [begin(mismatch, env)])
+    assert e.ids == roll(chat, said).ids and e.reward == 1 and not e.as_sampled
+    starts = [span.start for span in e.spans if span.who == "model"]
+    assert [r.ids for r in requests] == [e.ids[:start] + block for start in starts]
+    envs = [Env(t) for t in make_tasks("train", "base", 3)]          # and a real sampler, of three at once
+    begun = [begin(mismatch, env) for env in envs]
+    mismatch.stop_ids = set(range(0, len(tokenizer), 3))             # many, so that messages are short
+    done = rollout(HFEngine(model, mismatch.stop_ids), mismatch, envs, LIMITS, begun)
+    assert sum(len(e.states) for e in done) > 6
+    for e in done:
+        for s in [span for span in e.spans if span.who == "model"]:
+            ids = e.ids[:s.start] + block + e.ids[s.start:s.end]
+            plain = plain_logprobs(model, ids, s.start + len(block))
+            assert e.logprobs[s.start:s.end] == pytest.approx(plain, abs=2e-5)
+
+
 def test_a_cache_that_is_kept_shows_nothing_of_its_past(model, chat):
     """The slots keep their memory on a CPU; other weights must not see what is in it."""
     moved = copy.deepcopy(model)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from test_losses import close, episodes
 
 import analyze_tokens
+import rl_step
 import train
 from analyze_tokens import collapse
 from rl_step import advantages, assign_credit, rl_backward, set_old_logprobs
@@ -114,23 +115,26 @@ def test_the_world_brings_its_own_defaults():
     assert (train.parse_args([]).lr, train.parse_args([]).kl_weight) == (5e-4, 0)
 
 
-@pytest.mark.parametrize("schedule, phases", [("sft", ["sft"] * 3),
-                                              ("sft_then_rl", ["sft"] * 3 + ["rl"] * 2)])
+@pytest.mark.parametrize("schedule, phases", [("sft", ["sft_phase"]),
+                                              ("sft_then_rl", ["sft_phase", "rl", "rl"])])
 def test_sft_schedules(folder, schedule, phases):
+    """12 conversations of 65 messages, three times: 9 updates of about 22 messages each"""
     out = f"runs/{schedule}"
-    assert train.cli([*RUN, "--signal", "sft", "--schedule", schedule, "--sft_steps", "3", "--steps", "2",
-                      "--sft_batch", "4", "--out", out]) == 0
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", schedule, "--steps", "2", "--sft_batch", "22",
+                      "--out", out]) == 0
     steps = steps_of(out)
     assert [r["phase"] for r in steps] == phases
-    assert steps[2]["sft_loss"] < steps[0]["sft_loss"]
+    assert [steps[0][name] for name in ("sft_rows", "sft_visits", "sft_updates")] == [12, 36, 9]
+    assert steps[0]["sft_loss_last"] < steps[0]["sft_loss"] < steps[0]["sft_loss_first"]
 
 
 @pytest.mark.parametrize("flags, expected", [
     (["--schedule", "rl"], ["rl"] * 4),
-    (["--schedule", "sft", "--sft_steps", "2"], ["sft"] * 2),
+    (["--schedule", "sft"], ["sft_phase"]),
+    (["--schedule", "sft_then_rl"], ["sft_phase"] + ["rl"] * 4),
     (["--schedule", "synchronous"], ["rl+sft"] * 4),
-    (["--schedule", "interleaved", "--phases", "1:1"], ["rl", "rl", "phase", "rl", "rl"]),
-    (["--schedule", "interleaved", "--phases", "1:3"], ["rl", "phase", "rl", "rl", "rl"]),
+    (["--schedule", "interleaved", "--phases", "1:1"], ["rl", "rl", "sft_phase", "rl", "rl"]),
+    (["--schedule", "interleaved", "--phases", "1:3"], ["rl", "sft_phase", "rl", "rl", "rl"]),
     (["--schedule", "adaptive"], ["rl"] * 4),
 ])
 def test_plan(flags, expected):
@@ -148,19 +152,37 @@ def test_adaptive_fires_when_the_alarm_rings_and_keeps_to_its_budget(folder, mon
         return real(*args, **kw) | {"p/open|text": values[next(count)]}
     monkeypatch.setattr(train, "probe", scripted)
     args = [*RUN, "--signal", "sft", "--schedule", "adaptive", "--steps", "8", "--probe_every", "1",
-            "--burst_rows", "6", "--sft_budget", "13", "--sft_batch", "4", "--eval_every", "-1",
+            "--burst_rows", "6", "--sft_budget", "13", "--sft_batch", "18", "--eval_every", "-1",
             "--save_every", "6", "--threads", "1"]
     count = itertools.count()
     assert train.cli([*args, "--out", "runs/adaptive"]) == 0
     assert "step    4  ALARM: p/open|text is 0.05" in capfd.readouterr().out
     steps = steps_of("runs/adaptive")
-    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["phase+rl"] * 2 + ["rl"] * 2     # 18 rows exceed 13
+    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["sft_phase+rl"] * 2 + ["rl"] * 2  # 18 rows exceed 13
     assert [(r["sft_visits"], r["sft_updates"], "reward" in r) for r in steps[4:6]] == [(6, 2, True)] * 2
     assert [r["alarm"] for r in rows("runs/adaptive") if "alarm" in r] == [0] * 4 + [1] * 5
     (folder / "runs/adaptive/checkpoints/latest").write_text("step-6")
     count = itertools.count(6)
     assert train.cli([*args, "--out", "runs/adaptive", "--resume"]) == 0
     assert steps_of("runs/adaptive") == steps
+
+
+def test_synchronous_supervision_counts_messages(folder, monkeypatch):
+    """2 updates a step, each on whole conversations of about 22 messages, in shuffled passes over all 12."""
+    trained = []
+
+    def spy(model, rows, weight, micro_tokens):
+        trained.append(rows)
+        return sft_backward(model, rows, weight, micro_tokens)
+    monkeypatch.setattr(rl_step, "sft_backward", spy)
+    assert train.cli([*RUN, "--signal", "sft", "--schedule", "synchronous", "--steps", "4", "--sft_batch",
+                      "22", "--eval_every", "-1", "--out", "runs/sync"]) == 0
+    messages = [sum(len(row.states) for row in rows) for rows in trained]
+    assert len(messages) == 8 and 20 < sum(messages) / 8 < 24 and max(messages) - min(messages) < 16
+    visits = [r["sft_visits"] for r in steps_of("runs/sync")]
+    assert visits == [len(a) + len(b) for a, b in zip(trained[::2], trained[1::2])]
+    in_order = [row.task_id for rows in trained for row in rows]
+    assert len(set(in_order[:12])) == len(set(in_order[12:24])) == 12
 
 
 def test_random_bursts_spend_the_same_budget():
@@ -177,7 +199,7 @@ def test_random_bursts_come_at_their_steps(folder):
             "--burst_rows", "3", "--sft_budget", "3", "--eval_every", "-1", "--out", "runs/random-bursts"]
     burst, = train.random_bursts(train.parse_args(args))
     assert burst in (2, 4) and train.cli(args) == 0
-    assert [r["step"] for r in steps_of("runs/random-bursts") if r["phase"] == "phase+rl"] == [burst]
+    assert [r["step"] for r in steps_of("runs/random-bursts") if r["phase"] == "sft_phase+rl"] == [burst]
 
 
 def test_what_the_advantages_are_made_of():
@@ -199,22 +221,23 @@ def test_what_the_advantages_are_made_of():
 
 
 def test_as_released_restarts_in_every_phase(folder):
-    """Warm-up over 5 updates of each phase (lr / 5 first), and a KL that is 0 where a phase begins, although
-    the policy has moved since the run's start."""
-    args = [*RUN, "--signal", "sft", "--schedule", "interleaved", "--phases", "1:1", "--steps", "4",
-            "--sft_batch", "4", "--sft_epochs", "1", "--kl_weight", "0.1", "--updates", "1",
+    """Warm-up from 0 over 5 steps of each phase, and a KL that is 0 where a phase begins, although the policy
+    has moved since the run's start."""
+    args = [*RUN, "--signal", "sft", "--schedule", "interleaved", "--phases", "1:1", "--steps", "6",
+            "--sft_batch", "22", "--sft_epochs", "1", "--kl_weight", "0.1", "--updates", "1",
             "--reward", "random", "--lr", "0.01", "--warmup", "1", "--eval_every", "-1",
             "--probe_every", "-1"]
     assert train.cli([*args, "--as_released", "--out", "runs/released"]) == 0
     released = steps_of("runs/released")
-    assert [r["phase"] for r in released] == ["rl", "rl", "phase", "rl", "rl"]
-    rl = [released[i] for i in (0, 1, 3, 4)]
-    assert [r["lr"] for r in rl] == pytest.approx([0.002, 0.004, 0.002, 0.004])
-    assert rl[0]["kl_ref"] < 1e-6 < rl[1]["kl_ref"] and rl[2]["kl_ref"] < 1e-6 < rl[3]["kl_ref"]
+    assert [r["phase"] for r in released] == ["rl"] * 3 + ["sft_phase"] + ["rl"] * 3
+    first, second = released[:3], released[4:]
+    for rl in (first, second):
+        assert [r["lr"] for r in rl] == pytest.approx([0, 0.002, 0.004])
+        assert rl[0]["kl_ref"] < 1e-6 and rl[1]["kl_ref"] < 1e-6 < rl[2]["kl_ref"]
     assert train.cli([*args, "--out", "runs/unreleased"]) == 0
     plain = steps_of("runs/unreleased")
-    rl = [plain[i] for i in (0, 1, 3, 4)]
-    assert [r["lr"] for r in rl] == [0.01] * 4
+    rl = plain[:3] + plain[4:]
+    assert [r["lr"] for r in rl] == [0.01] * 6
     assert rl[0]["kl_ref"] < 1e-6 and all(r["kl_ref"] > 1e-6 for r in rl[1:])
 
 
@@ -222,8 +245,8 @@ def test_as_released_restarts_in_every_phase(folder):
 def test_killed_run_resumes_to_the_same_numbers(folder):
     """kill -9 in the middle, then --resume: metrics and weights equal those of a run that nobody interrupted,
     bit by bit."""
-    args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_steps", "2", "--steps", "5",
-            "--save_every", "2", "--kl_weight", "0.01", "--sft_batch", "4", "--threads", "1",
+    args = [*RUN, "--signal", "sft", "--schedule", "sft_then_rl", "--sft_epochs", "1", "--steps", "6",
+            "--save_every", "2", "--kl_weight", "0.01", "--sft_batch", "22", "--threads", "1",
             "--eval_every", "2", "--probe_every", "3"]
     assert command(*args, "--out", "runs/whole", cwd=folder).returncode == 0
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *args, "--out", "runs/killed"],
@@ -322,7 +345,11 @@ def test_eval_only(folder, capsys):
     (["--out", "runs/first"], "runs/first exists"),
     (["--out", "runs/nowhere", "--resume"], "no run in runs/nowhere"),
     (["--out", "runs/first", "--resume", "--steps", "3"], "started with --steps 2, not 3"),
-    (["--max_total_tokens", "30"], "--max_total_tokens 30"),
+    (["--max_total_tokens", "30"], "within 30; raise --max_total_tokens"),
+    (["--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["--dtype", "bfloat16"], "train with --shard --compute_dtype bfloat16"),
+    (["--dtype", "bfloat16", "--shard"], "train with --shard --compute_dtype bfloat16"),
+    (["--signal", "ets", "--schedule", "adaptive", "--as_released"], "does not go with --as_released"),
     (["--signal", "sft", "--schedule", "sft", "--max_messages", "1"], "does not fit into the limits"),
 ])
 def test_mistakes_are_one_sentence(folder, capfd, args, words):
@@ -367,6 +394,52 @@ def test_a_missing_vllm_is_one_sentence(folder, capfd, monkeypatch):
     assert set(folder.rglob("*")) == before
     err = capfd.readouterr().err.strip()
     assert "\n" not in err and "pip install" in err and "--engine hf" in err
+
+
+def test_a_missing_wandb_is_one_sentence(folder, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)                  # import wandb now raises ImportError
+    before = set(folder.rglob("*"))
+    assert train.cli([*RUN, "--wandb", "p", "--out", "runs/new"]) == 2 and set(folder.rglob("*")) == before
+    err = capfd.readouterr().err.strip()
+    assert "\n" not in err and "--wandb" in err and "pip install wandb" in err
+
+
+def test_wandb_gets_the_lines_of_metrics(folder, monkeypatch):
+    begun, logged = [], []
+
+    def init(**kw):
+        begun.append(kw)
+        return SimpleNamespace(log=lambda record, step: logged.append((record, step)))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert train.cli([*RUN, "--steps", "1", "--wandb", "collapse", "--out", "runs/wandb"]) == 0
+    lines = [json.loads(line) for line in (folder / "runs/wandb/metrics.jsonl").read_text().splitlines()]
+    assert logged == [(line, line["step"]) for line in lines] and len(lines) == 5
+    config = json.loads((folder / "runs/wandb/config.json").read_text())
+    assert begun == [{"project": "collapse", "name": "runs/wandb", "config": config}]
+
+
+def test_pytorchs_generator_is_seeded():
+    """It decides what dropout drops."""
+    for seed in (3, 4):
+        torch.manual_seed(99)
+        train.start_processes(train.parse_args(["--seed", str(seed)]))
+        assert torch.initial_seed() == seed
+
+
+def test_the_limits_of_test_tasks():
+    """As in training; on bfcl the paper's."""
+    args = train.parse_args(["--max_total_tokens", "900"])
+    assert train.limits_of(args, "test") == train.limits_of(args) and train.limits_of(args).total == 900
+    args = train.parse_args(["--world", "bfcl", "--model", "x"])
+    limits = train.limits_of(args), train.limits_of(args, "validation"), train.limits_of(args, "test")
+    assert [(x.observation, x.total) for x in limits] == [(1024, 16_384), (1024, 16_384), (4096, 24_576)]
+
+
+def test_passes_of_an_sft_phase():
+    """The paper's: 3 where SFT comes first, 2 between RL phases"""
+    for schedule, epochs in (("sft", 3), ("sft_then_rl", 3), ("interleaved", 2)):
+        assert train.parse_args(["--signal", "sft", "--schedule", schedule]).sft_epochs == epochs
+    assert train.parse_args(["--sft_epochs", "5"]).sft_epochs == 5
 
 
 def test_correction(folder):
@@ -506,7 +579,7 @@ def test_two_processes_equal_one(model, tmp_path, split):
 @pytest.mark.parametrize("name, flags", [
     ("none", []),
     ("prs", ["--signal", "prs", "--schedule", "interleaved", "--phases", "1:1", "--ets_window", "1",
-             "--sft_batch", "8"])])
+             "--sft_batch", "22"])])
 def test_torchrun_equals_one_process(folder, name, flags):
     """The whole script: rollouts, signal, updates, evaluation. Episodes are seeded one by one, so even the
     samples agree."""
@@ -589,7 +662,7 @@ def near(a, b):
 def test_sharded_over_two_processes_is_one_process(folder, two_layers):
     """FSDP2 over two processes, unequal work (5 rows, micro-batches of one or two): metrics and weights of
     one plain process; and its checkpoint continues on ONE process to the same numbers."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "5",
+    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "27",
             "--kl_weight", "0.01", "--micro_tokens", "600", "--steps", "3", "--save_every", "2",
             "--probe_every", "2", "--eval_every", "-1", "--threads", "1"]
     assert train.cli([*args, "--out", "runs/plain"]) == 0
@@ -608,11 +681,11 @@ def test_sharded_over_two_processes_is_one_process(folder, two_layers):
 def test_a_probe_on_one_rank_leaves_the_sharded_ranks_in_step(folder, two_layers):
     """Rank 0 alone runs the model in the probe; the backward pass right after it must gather the same layers
     on both."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4",
-            "--probe_every", "1", "--eval_every", "-1", "--shard"]
+    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "sft", "--sft_batch", "22", "--probe_every",
+            "1", "--eval_every", "-1", "--shard"]
     done = command(*args, "--out", "runs/instep", cwd=folder, n=2)
     assert done.returncode == 0, done.stderr
-    assert [r["skipped_updates"] for r in steps_of("runs/instep")] == [0, 0, 0]
+    assert [(r["sft_updates"], r["skipped_updates"]) for r in steps_of("runs/instep")] == [(9, 0)]
 
 
 def test_a_sharded_update_without_any_mixed_group(folder, two_layers):
@@ -627,7 +700,7 @@ def test_a_sharded_update_without_any_mixed_group(folder, two_layers):
 
 
 def test_bfloat16_compute_keeps_float32_masters(folder):
-    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_steps", "3", "--sft_batch", "4",
+    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_epochs", "1", "--sft_batch", "22",
             "--eval_every", "-1"]
     sharded = ["--shard", "--compute_dtype", "bfloat16", "--grad_checkpointing", "--out", "runs/bf16"]
     assert command(*args, *sharded, cwd=folder).returncode == 0
