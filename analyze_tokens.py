@@ -360,9 +360,11 @@ def timeline(records, points=12):
     names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
              "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact",
              "moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}
-    for short in ("moved", "kl_ref", "kl_start"):                    # only where it was measured
-        if not any(r.get(names[short]) for r in records):
+    for short, name in {"moved": "p/moved", "kl_start": "kl_start"}.items():
+        if not any(name in r for r in records):
             del names[short]
+    if not any(r.get("kl_ref") for r in records):
+        del names["kl_ref"]                      # it is 0 where there is no reference model
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
     lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]

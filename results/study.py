@@ -235,7 +235,7 @@ def parser():
     p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
     p.add_argument("--only", nargs="+", metavar="RECIPE", help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, help="default: all of the recipe's")
-    p.add_argument("--parallel", type=int, default=2, help="runs at a time, on the laptop of one thread each")
+    p.add_argument("--parallel", type=int, help="runs at a time; default: 2 of one thread each, real ones 1")
     p.add_argument("--list", action="store_true", help="show the command lines and what is done")
     p.add_argument("--tables", action="store_true", help="make the tables again, from the packed records")
     return p
@@ -271,7 +271,7 @@ def main(argv=None):
             state = "done   " if STUDY.packed(name, seed).exists() else "missing"
             print(state, "python train.py", *STUDY.argv_of(name, seed))
     else:
-        return STUDY.run_all(jobs, args.parallel)
+        return STUDY.run_all(jobs, args.parallel or 2)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(argv=None):
     if not args.tables:
         print(plan_text(study, jobs, args.tflops), flush=True)
     if not (args.list or args.tables):
-        status = study.run_all(jobs, args.parallel)
+        status = study.run_all(jobs, args.parallel or (1 if args.world == "bfcl" else 2))
     if not args.list:
         print(write(study))
     return status
