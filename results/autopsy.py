@@ -271,7 +271,7 @@ def repairs(report, model, base, world):
         note(report, f"model: after {steps} SFT steps", world.score(repaired(model, rows, steps)))
     note(report, "base: after 16 SFT steps", world.score(repaired(base, rows, 16)))
     torch.manual_seed(0)
-    untrained = AutoModelForCausalLM.from_config(base.config)
+    untrained = AutoModelForCausalLM.from_config(base.config).to(base.device)
     note(report, "a model without any training, after 16 SFT steps",
          world.score(repaired(untrained, rows, 16)))
     for steps in (4, 16):

@@ -172,12 +172,18 @@ def done_of(study):
 
 
 def scores_of(study, done, columns):
-    """-> {"untrained": ["4.0", ...], "grpo": ["1.5 (1.0 to 2.0)", ...]}: closing scores, %"""
+    """-> {"untrained": ["4.0", "5.0", ...], "grpo": [...], ...}: closing scores, %"""
     base = json.loads((study.data / "base.json").read_text())
     rows = {"untrained": [f"{100 * base[c]:.1f}" if c in base else "–" for c in columns]}
     for name, runs in done.items():
-        rows[name] = [percent([late(records, f"final/{c}", n=1) for records in runs], 1) for c in columns]
+        rows[name] = [cell(runs, c) for c in columns]
     return rows
+
+
+def cell(runs, column):
+    """A closing score of a recipe's seeds, % -> "4.0", or "4.0 (3.0 to 5.5)": mean, lowest, highest seed"""
+    text = percent([late(records, f"final/{column}", n=1) for records in runs], 1)
+    return text.split(" (")[0] if len(runs) == 1 else text
 
 
 def main_table(study, done):
@@ -202,17 +208,18 @@ def ood_table(study, done):
 
 
 def rate_bars(study, done):
-    """-> [(recipe, "lr 1e-3", [average of each seed])], the recipes of RATES with all of their rates"""
+    """-> [("grpo", "lr 0.001", its runs), ...]: the recipes of RATES with all of their rates"""
     bars = []
     for name, (flag, _) in RATES.items():
         for other in [other for other in done if other == name or other.startswith(f"{name}-{flag}")]:
             rate = getattr(train.parse_args(study.argv_of(other, 0)), flag)
-            bars.append((name, f"{flag} {rate:g}", [late(r, "final/average", n=1) for r in done[other]]))
+            bars.append((name, f"{flag} {rate:g}", done[other]))
     return bars
 
 
 def rates_table(study, done):
-    rows = [[code(name), rate, percent(values, 1)] for name, rate, values in rate_bars(study, done)]
+    """Average of the four categories"""
+    rows = [[code(name), rate, cell(runs, "average")] for name, rate, runs in rate_bars(study, done)]
     return markdown("method | learning rate | average, %", rows)
 
 
@@ -224,8 +231,7 @@ def write(study):
     parts = []
     for title, table in (("Main table", main_table), ("Out of distribution", ood_table),
                          ("Learning rates", rates_table)):
-        parts.append(f"## {title}\n\n{table.__doc__ or 'Average over the categories, by rate'}\n\n"
-                     f"{table(study, done)}\n")
+        parts.append(f"## {title}\n\n{' '.join(table.__doc__.split())}\n\n{table(study, done)}\n")
     note = "(* in the last column: that score of the paper is known from a single third-party note.)\n"
     (study.data / "paper.md").write_text("\n".join([*parts, note]))
     written = [study.data / "paper.md"]
@@ -236,12 +242,13 @@ def write(study):
 
 def bars(study, done, png):
     from plot import pyplot
-    found = rate_bars(study, done)
+    found, averages = rate_bars(study, done), []
+    for _, _, runs in found:
+        averages.append([100 * late(records, "final/average", n=1) for records in runs])
     fig, ax = pyplot().subplots(figsize=(1.5 + len(found), 3))
-    heights = [100 * mean(values) for _, _, values in found]
-    ax.bar(range(len(found)), heights, 0.6, color="#9ec9ea", edgecolor="black", lw=0.4)
-    for i, (_, _, values) in enumerate(found):
-        ax.plot([i] * len(values), [100 * v for v in values], "k.", ms=4)        # the seeds
+    ax.bar(range(len(found)), [mean(of) for of in averages], 0.6, color="#9ec9ea", edgecolor="black", lw=0.4)
+    for i, of_seeds in enumerate(averages):
+        ax.plot([i] * len(of_seeds), of_seeds, "k.", ms=4)
     ax.set_xticks(range(len(found)), [f"{name}\n{rate}" for name, rate, _ in found], fontsize=6)
     ax.set_ylabel("test tasks solved, %")
     fig.tight_layout()
