@@ -2,9 +2,13 @@
 
     python analyze_tokens.py runs/a runs/b               scores, states over time and the verdict of each run
     python analyze_tokens.py --transcripts runs/a        conversations from healthy to collapsed
-    python analyze_tokens.py --probe runs/a              control-token probabilities in its newest checkpoint
+    python analyze_tokens.py --probe runs/a              control tokens by slot, on ground truth
+    python analyze_tokens.py --spike runs/a              ... on its own rollouts, before and after
+    python analyze_tokens.py --kl runs/a                 KL to its starting model over training
+    python analyze_tokens.py --tokens runs/a [--html a.html]         one conversation, token by token
 
-Pictures: results/plot.py. What exactly is broken in a collapsed checkpoint: results/autopsy.py.
+The last four load models: results/checkpoints.py. Pictures: results/plot.py. What exactly is broken in a
+collapsed checkpoint: results/autopsy.py.
 """
 import argparse
 import csv
@@ -16,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout import STATES, Chat, Limits, demonstrate, is_clean
+from rollout import STATES, is_clean
 from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
-from tools import TRAIN_CATEGORIES, UserError, make_tasks
+from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Records: what a run has logged, one dict per line of metrics.jsonl
@@ -48,6 +51,8 @@ def read_records(out):
         except json.JSONDecodeError as error:
             if i < len(lines) - 1:
                 raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest.") from error
+    if Path(out).is_dir() and (Path(out) / "kl.jsonl").exists():
+        records += read_records(Path(out) / "kl.jsonl")              # what --kl has measured
     return records
 
 
@@ -267,6 +272,10 @@ def rollout_metrics(episodes, credit):
 # 5. Collapse
 
 
+MEASURES = {"reward": "task reward (the paper's measure)",
+            "reward_clean": "clean reward (solved, every message a complete call or plain text)"}
+
+
 def collapse(records, window=5, name="reward", share=0.1):
     """Did the reward collapse, and what had the messages become? From the records that have a reward.
     -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {...}}
@@ -320,17 +329,20 @@ def summary(out):
     evals = [r for r in records if "eval/average" in r]
     scores = lambda r: {name[5:]: value for name, value in r.items() if name.startswith("eval/")}
     text = [table({"before": scores(evals[0]), "after": scores(evals[-1])})] if evals else []
-    found, clean = collapse(records), collapse(records, name="reward_clean")
-    if event := found or clean:
-        what = "reward" if found else "CLEAN reward (solved, every message a complete call or plain text)"
-        text.append(f"\nCOLLAPSE at step {event['step']}: the {what} fell below a tenth of its peak "
-                    f"({event['peak']:.2f} at step {event['peak_step']}) and stayed there.")
+    found = {name: collapse(records, name=name) for name in MEASURES}
+    if event := found["reward"] or found["reward_clean"]:
+        text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good):")
+        for name, meaning in MEASURES.items():
+            one, (_, values) = found[name], smooth(records, name)
+            what = "no"
+            if one:
+                what = f"at step {one['step']}, peak {one['peak']:.2f} at step {one['peak_step']}"
+            text.append(f"  by the {meaning}: {what}; last 5 steps {values[-1]:.2f}")
         shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
         text.append(f"What the messages became: {shift}.")
-        if not found:
-            _, reward = smooth(records, "reward")
-            text.append(f"The task reward does not see it (last 5 steps: {reward[-1]:.2f}): with --closing "
-                        "lenient any message without a complete call ends the turn.")
+        if not found["reward"]:
+            text.append("The task reward does not see it: with --closing lenient any message without a "
+                        "complete call ends the turn.")
     elif any("reward" in r for r in records):
         text.append("\nNo collapse: neither reward nor clean reward fell below a tenth of its peak for good.")
     if skipped := sum(r.get("skipped_updates", 0) for r in records):
@@ -349,7 +361,13 @@ def summary(out):
 def timeline(records, points=12):
     """The run over time: at most `points` lines, each the mean of its stretch of steps."""
     names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
-             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
+             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact",
+             "moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}
+    for short, name in {"moved": "p/moved", "kl_start": "kl_start"}.items():
+        if not any(name in r for r in records):
+            del names[short]
+    if not any(r.get("kl_ref") for r in records):
+        del names["kl_ref"]                      # it is 0 where there is no reference model
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
     lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]
@@ -360,44 +378,6 @@ def timeline(records, points=12):
             values = [r[name] for r in records if first <= r["step"] <= last and name in r]
             cells.append(f"{mean(values):9.4f}" if values else " " * 9)
         lines.append(" ".join(cells))
-    return "\n".join(lines)
-
-
-def load(path):
-    """A run folder (its newest checkpoint), RUN/checkpoints/step-N, or a Hugging Face folder
-    -> model, Chat, the run's flags ({} if there are none)"""
-    path, run = Path(path), None
-    for folder in (path, *path.parents[:2]):
-        if run is None and (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
-            run = folder
-    if path == run:
-        if not (path / "checkpoints" / "latest").exists():
-            raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
-        path = newest_checkpoint(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        chat = Chat(AutoTokenizer.from_pretrained(path))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
-    return model, chat, json.loads((run / "config.json").read_text()) if run else {}
-
-
-def probe_text(path, n_tasks=30):
-    """The probe of any checkpoint on the embedded world's ground truth, as text: one line per class, one
-    column per slot; * where that token is right"""
-    model, chat, flags = load(path)
-    syntax, limits = flags.get("syntax", "A"), Limits(20, 1024, 4096, 256)
-    tasks = [task for c in TRAIN_CATEGORIES for task in make_tasks("test", c, -(-n_tasks // 3))][:n_tasks]
-    p = probe(model, chat, [demonstrate(chat, task, syntax, limits) for task in tasks])
-    lines = [" " * 8 + "".join(f"{slot:>11s}" for slot in (*SLOTS, "off"))]
-    for c in (*RIGHT, "json", "content"):
-        cells = [f"{c:8s}"]
-        for slot in (*SLOTS, "off"):
-            if f"p/{c}|{slot}" in p:
-                cells.append(f"{p[f'p/{c}|{slot}']:10.2e}{'*' if RIGHT.get(c) == slot else ' '}")
-        lines.append("".join(cells))
-    for name in ("short_circuit", "calls_exact", "log_likelihood"):
-        lines.append(f"{name} {p[f'p/{name}']:.4g}")
     return "\n".join(lines)
 
 
@@ -415,10 +395,12 @@ def record_episodes(path, step, chat, episodes):
     by_reward = sorted(episodes, key=lambda e: e.reward)
     malformed = [e for e in episodes if not is_clean(e.states)]
     for e in {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}.values():
+        said = [round(logp, 4) for logp, trained in zip(e.logprobs, e.mask) if trained]
         log_line(path, {
-            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "reward": e.reward,
-            "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
-            "text": transcript(chat, e)})
+            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "source": e.source,
+            "reward": e.reward, "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
+            "text": transcript(chat, e), "ids": e.ids, "logprobs": said,         # of the model's tokens
+            "spans": [[s.start, s.end, s.who, s.turn, s.state] for s in e.spans]})
 
 
 def pages(out, count=8):
@@ -441,19 +423,34 @@ def pages(out, count=8):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs? Scores, states over time, verdict.")
-    p.add_argument("runs", nargs="+", help="run folders, or their records (metrics.jsonl, .csv)")
-    p.add_argument("--transcripts", action="store_true", help="conversations from first to last, as Markdown")
-    p.add_argument("--probe", action="store_true", help="control-token probabilities by slot, of runs' "
-                   "newest checkpoints or of any Hugging Face folder whose tokenizer has <tool_call>")
+    p.add_argument("runs", nargs="+", help="run folders, or their records (metrics.jsonl, .csv); of --probe "
+                   "and --tokens also checkpoints and Hugging Face folders whose tokenizer has <tool_call>")
+    views = {"transcripts": "conversations from first to last, as Markdown",
+             "probe": "control-token probabilities by slot, on ground truth",
+             "spike": "control-token probabilities where messages begin, on the own rollouts of the starting "
+             "model and of the newest checkpoint, and the KL between them",
+             "kl": "KL to the starting model over training, from the recorded rollouts; writes RUN/kl.jsonl",
+             "tokens": "one recorded conversation (else ground truth), token by token, coloured by the "
+             "probability of <tool_call> and of the end token there, before and after"}
+    for view, help in views.items():
+        p.add_argument(f"--{view}", action="store_const", const=view, dest="view", help=help)
+    p.add_argument("--html", metavar="FILE", help="--tokens: as a self-contained page, not in the terminal")
+    p.add_argument("--step", type=int, help="--tokens: of this step; default: the last recorded one")
+    p.add_argument("--tasks", type=int, default=10, help="--probe, --spike: test tasks per category")
+    p.add_argument("--world", choices=WORLDS, default="tiny", help="of a folder that belongs to no run")
     args, status = p.parse_args(argv), 0
+    if args.view in ("probe", "spike", "kl", "tokens"):              # here: that file stands above this one
+        sys.path.append(str(Path(__file__).resolve().parent / "results"))
+        from checkpoints import VIEWS
     for out in args.runs:
         try:
-            if args.transcripts:
-                print(pages(out), end="\n\n")
-            elif args.probe:
-                print(f"== {out}", probe_text(out), sep="\n\n", end="\n\n")
+            if args.view is None:
+                text = "\n\n".join([f"== {out}", timeline(read_records(out)), summary(out)])
+            elif args.view == "transcripts":
+                text = pages(out)
             else:
-                print(f"== {out}", timeline(read_records(out)), summary(out), sep="\n\n", end="\n\n")
+                text = f"== {out}\n\n{VIEWS[args.view](out, args)}"
+            print(text, end="\n\n")
         except UserError as error:               # say it, and go on with the other runs
             print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
             status = 2

@@ -3,8 +3,9 @@
     python results/autopsy.py --base runs/tiny-base runs/a [runs/b ...] [--tasks 30] [--json FILE]
 
 BASE is the model folder that the runs started from. Each line replaces one thing in a run's newest checkpoint
-and plays the embedded world's test tasks again: minutes per run on two cores. The score of every line that
-names no other is the clean reward, greedy: solved, and every message a complete call or plain text.
+and plays test tasks of the run's world again: minutes per run of the embedded one on two cores. The score of
+every line that names no other is the clean reward, greedy: solved, and every message a complete call or plain
+text.
 
     == runs/a
        0.417   base: clean reward, greedy
@@ -35,58 +36,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from analyze_tokens import load, mean, places, token_classes  # noqa: E402
-from rollout import OPEN, Chat, HFEngine, Limits, begin, demonstrate, is_clean, parse, rollout  # noqa: E402
+from analyze_tokens import mean, places, token_classes  # noqa: E402
+from checkpoints import load, world_of  # noqa: E402
+from rollout import OPEN, is_clean, parse  # noqa: E402
 from sft_step import optimizer_step, sft_backward, trunk  # noqa: E402
-from tools import TRAIN_CATEGORIES, UserError, make_tasks  # noqa: E402
+from tools import UserError  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Played freely
-
-
-@dataclass
-class World:
-    """The tasks, and how the run plays them"""
-    chat: Chat
-    syntax: str
-    closing: str
-    limits: Limits
-    test: list                                   # to play
-    train: list                                  # to repair with
-
-    @property
-    def other(self):
-        """The syntax that the run was not trained in"""
-        return "B" if self.syntax == "A" else "A"
-
-    def play(self, model, syntax=None, temperature=0.0, rule=None):
-        """-> the test tasks as Episodes"""
-        engine, envs = HFEngine(model, self.chat.stop_ids), []
-        engine.rule = rule
-        for task in self.test:
-            envs.append(task.env(syntax or self.syntax, self.closing))
-        begun = [begin(self.chat, env, g) for g, env in enumerate(envs)]
-        return rollout(engine, self.chat, envs, self.limits, begun, seed=(0,), temperature=temperature)
-
-    def score(self, model, **how):
-        """-> the clean reward"""
-        return mean(e.reward * is_clean(e.states) for e in self.play(model, **how))
-
-    def truths(self, tasks, syntax=None):
-        """-> the ground truth of the tasks as Episodes, whole: nothing is sampled, so no limit need cut it"""
-        wide = replace(self.limits, steps=10**3, total=10**6)
-        return [demonstrate(self.chat, task, syntax or self.syntax, wide) for task in tasks]
-
-
-def world_of(chat, flags, n_tasks):
-    """The flags of a run ({}: the defaults) -> World"""
-    limits = Limits(flags.get("max_messages", 16), flags.get("max_message_tokens", 64),
-                    flags.get("max_total_tokens", 1024), flags.get("max_observation_tokens", 256))
-    test, train = [], []
-    for category in TRAIN_CATEGORIES:
-        test += make_tasks("test", category, n_tasks)
-        train += make_tasks("train", category, 100)
-    return World(chat, flags.get("syntax", "A"), flags.get("closing", "lenient"), limits, test, train)
 
 
 def two_rules(chat):
@@ -250,8 +207,8 @@ def with_output_rows(model, donor, ids):
 
 def autopsy(path, base, n_tasks=30):
     """A run folder, and the model that it started from -> the report"""
-    model, chat, flags = load(path)
-    world, report = world_of(chat, flags, n_tasks), {}
+    found = load(path)
+    model, chat, world, report = found.model, found.chat, world_of(found, n_tasks), {}
     examine(report, "base", base, world)
     examine(report, "model", model, world)
     swaps(report, model, base, world)
@@ -314,7 +271,7 @@ def repairs(report, model, base, world):
         note(report, f"model: after {steps} SFT steps", world.score(repaired(model, rows, steps)))
     note(report, "base: after 16 SFT steps", world.score(repaired(base, rows, 16)))
     torch.manual_seed(0)
-    untrained = AutoModelForCausalLM.from_config(base.config)
+    untrained = AutoModelForCausalLM.from_config(base.config).to(base.device)
     note(report, "a model without any training, after 16 SFT steps",
          world.score(repaired(untrained, rows, 16)))
     for steps in (4, 16):
@@ -341,8 +298,7 @@ def main(argv=None):
     for path in args.runs:
         try:
             print(f"== {path}")
-            base, _, _ = load(args.base)
-            reports[path] = autopsy(path, base, args.tasks)
+            reports[path] = autopsy(path, load(args.base).model, args.tasks)
         except UserError as error:               # say it, and go on with the other runs
             print(f"autopsy.py: error: {error}", file=sys.stderr)
             status = 2

@@ -36,11 +36,12 @@ def draw(paths, png):
     for column, path in zip(axes.T, paths):
         draw_run(column, read_records(path), Path(path).name.removesuffix(".csv").removesuffix(".jsonl"))
     labels = ("reward (mean of 5 steps)\n^ = an SFT phase", "share of messages",
-              "P(<tool_call>)\nwhere text should begin", "mean change of log p\n(ground truth, nats)")
+              "P(<tool_call>)\nwhere text should begin", "how far the model moved,\nnats per token")
     for ax, label in zip(axes[:, 0], labels):
         ax.set_ylabel(label)
     axes[0, 0].set_ylim(0, 1.4 * axes[0, 0].get_ylim()[1])           # room for the legend
     axes[0, 0].legend(loc="upper left")
+    axes[3, 0].legend(loc="upper left")
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES))
     fig.tight_layout(rect=(0, 0.03, 1, 1))
     fig.savefig(png, dpi=110)
@@ -58,7 +59,11 @@ def draw_run(column, records, name):
                      edgecolor="white", lw=0.2)
     spike.plot(*smooth(records, "p/open|text", 1), "k.-", lw=1)
     spike.set_yscale("log")
-    moved.plot(*smooth(records, "p/moved", 1), "k.-", lw=1)
+    moved.plot(*smooth(records, "p/moved", 1), "k.-", lw=1, label="mean |change of log p|, ground truth")
+    for kl, line, label in (("kl_ref", "--", "KL to the reference, rollouts"),
+                            ("kl_start", ":", "KL to the start, kept rollouts")):        # of --kl
+        if any(r.get(kl) for r in records):
+            moved.plot(*smooth(records, kl, 1), line, label=label)
     moved.set_xlabel("step")
     alarm, last = {r["step"]: r["alarm"] for r in records if "alarm" in r}, max(r["step"] for r in records)
     for step, then in zip(alarm, [*list(alarm)[1:], last]):

@@ -5,6 +5,7 @@
     python results/study.py --only none ets      some recipes
     python results/study.py --tables             the tables of the two READMEs again, from the packed records
     python results/study.py --pictures           results/study/*.png, likewise
+    python results/study.py --paper              the paper's comparison, here or on real data: study_paper.py
 
 Each run is one `train.py` command line: COMMON plus a recipe's flags plus --seed. Runs live under runs/study/
 and go on where they were interrupted. A finished run is evaluated once more, under the same rule whatever it
@@ -43,7 +44,8 @@ class Recipe:
     seeds: int = 3
 
 
-COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1"   # the last three: not train.py's
+# The last four are not train.py's own values.
+COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1 --threads 1"
 SLOW, FAST = "--lr 2e-4", "--lr 1e-3 --steps 60"
 ETS, PRS = "--signal ets --schedule interleaved", "--signal prs --schedule interleaved"
 ADAPTIVE = "--signal ets --schedule adaptive --sft_budget 256"           # about as many rows as ETS trains
@@ -101,19 +103,88 @@ RECIPES = {
 # ------------------------------------------------------------------------------------------------------------
 # 2. Runs
 KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/",
-        "alarm", "eval/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
+        "alarm", "eval/", "test/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
         "hint_log_ratio", "messages", "no_call")     # how the columns begin that are packed
 FINAL = "--eval_only --closing lenient --threads 1"
 
 
-def argv_of(name, seed):
-    """-> the arguments of train.py"""
-    run = f"--seed {seed} --threads 1 --out runs/study/{name}-seed{seed}"
-    return f"{COMMON} {RECIPES[name].flags} {run}".split()
+@dataclass
+class Study:
+    """Recipes whose runs are trained, evaluated and packed alike"""
+    recipes: dict                                # {"ets": Recipe, ...}
+    common: str                                  # flags of every run, before the recipe's own
+    final: str                                   # flags of an evaluation
+    runs: str                                    # the run folders stand here ...
+    data: Path                                   # ... and the packed records there
+    launch: tuple = (sys.executable,)            # what starts train.py
+    tested: bool = False                         # has a run played the test tasks itself, at its end?
+    acebench: str | None = None                  # ACEBench's folder: evaluate there too
+
+    def out(self, name, seed):
+        return f"{self.runs}/{name}-seed{seed}"
+
+    def packed(self, name, seed):
+        return self.data / f"{name}-seed{seed}.csv"
+
+    def argv_of(self, name, seed):
+        """-> the arguments of train.py"""
+        flags = f"{self.common} {self.recipes[name].flags} --seed {seed}"
+        return [*flags.split(), "--out", self.out(name, seed)]
+
+    def call(self, log, argv, script="train.py"):
+        """A script with these arguments -> its status"""
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as f:
+            return subprocess.run([*self.launch, str(ROOT / script), *argv], stdout=f, stderr=f,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+    def evaluate(self, out, model=(), tested=False):
+        """Closing scores, where they are missing -> OUT/eval.json, OUT/ace.json -> status"""
+        status, log, flags = 0, f"{out}.log", [*self.final.split(), *model]
+        if not tested and not Path(out, "eval.json").exists():
+            status = self.call(log, [*flags, "--out", out])
+        if status == 0 and self.acebench and not Path(out, "ace.json").exists():
+            Path(out).mkdir(parents=True, exist_ok=True)
+            flags += ["--data", self.acebench, "--out", f"{out}/ace.json"]
+            status = self.call(log, flags, "results/acebench.py")
+        return status
+
+    def evaluate_base(self):
+        """The model that every run starts from; train.py makes the laptop's at its first use -> status"""
+        scores, out, status = self.data / "base.json", f"{self.runs}/base", 0
+        if not (train.BASE.exists() and scores.exists()):
+            status = self.evaluate(out)
+        if status == 0 and not scores.exists():
+            scores.parent.mkdir(parents=True, exist_ok=True)
+            scores.write_text(json.dumps(closing_scores(out), indent=1))
+        return status
+
+    def run_one(self, name, seed):
+        """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
+        out, status = self.out(name, seed), 0
+        if self.packed(name, seed).exists():
+            return None
+        if not finished(out):
+            resume = ["--resume"] if Path(out).exists() else []
+            status = self.call(f"{out}.log", self.argv_of(name, seed) + resume)
+        status = status or self.evaluate(out, ["--model", out], self.tested)
+        if status:
+            return f"{name}-seed{seed} failed with status {status}; see {out}.log"
+        pack(out, self.packed(name, seed), closing_scores(out))
+
+    def run_all(self, jobs, parallel):
+        """-> exit status"""
+        if self.evaluate_base():                 # first: two runs at once must not both make it
+            sys.exit(f"the base model cannot be made or evaluated; see {self.runs}/base.log")
+        with ThreadPoolExecutor(parallel) as pool:
+            ended = pool.map(lambda job: self.run_one(*job), jobs)
+            done = list(tqdm(ended, total=len(jobs), desc="study"))
+        failures = [failure for failure in done if failure]
+        print("\n".join(failures) or "all runs are done")
+        return 1 if failures else 0
 
 
-def packed(name, seed):
-    return DATA / f"{name}-seed{seed}.csv"
+STUDY = Study(RECIPES, COMMON, FINAL, "runs/study", DATA)
 
 
 def finished(out):
@@ -123,6 +194,18 @@ def finished(out):
         return False
     args = argparse.Namespace(**json.loads(Path(out, "config.json").read_text()))
     return latest.read_text().strip() == f"step-{len(train.plan(args))}"
+
+
+def closing_scores(out):
+    """-> {"average": .31, ...}: what the closing evaluations wrote, or the run's own test at its end"""
+    scores = {}
+    if Path(out, "metrics.jsonl").exists():
+        for record in read_records(out):
+            scores |= {name[5:]: value for name, value in record.items() if name.startswith("test/")}
+    for file in ("eval.json", "ace.json"):
+        if Path(out, file).exists():
+            scores |= json.loads(Path(out, file).read_text())
+    return scores
 
 
 def pack(out, path, scores=()):
@@ -142,80 +225,53 @@ def pack(out, path, scores=()):
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in record.items()})
 
 
-def call(log, argv):
-    """train.py with these arguments -> its status"""
-    Path(log).parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as f:
-        return subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], stdout=f, stderr=f,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
-
-
-def evaluate_base():
-    """The model that every run starts from; train.py makes it at its first use -> status"""
-    scores, status = DATA / "base.json", 0
-    if not (train.BASE.exists() and scores.exists()):
-        status = call("runs/study/base.log", [*FINAL.split(), "--out", "runs/study/base"])
-    if status == 0 and not scores.exists():
-        scores.write_text(Path("runs/study/base/eval.json").read_text())
-    return status
-
-
-def run_one(name, seed):
-    """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
-    out, status = f"runs/study/{name}-seed{seed}", 0
-    if packed(name, seed).exists():
-        return None
-    if not finished(out):
-        resume = ["--resume"] if Path(out).exists() else []
-        status = call(f"{out}.log", argv_of(name, seed) + resume)
-    if status == 0 and not Path(out, "eval.json").exists():
-        status = call(f"{out}.log", [*FINAL.split(), "--model", out, "--out", out])
-    if status:
-        return f"{name}-seed{seed} failed with status {status}; see {out}.log"
-    pack(out, packed(name, seed), json.loads(Path(out, "eval.json").read_text()))
-
-
-def run_all(jobs, parallel):
-    """-> exit status"""
-    if evaluate_base():                          # first: two runs at once must not both make it
-        sys.exit("the base model cannot be made; see runs/study/base.log")
-    with ThreadPoolExecutor(parallel) as pool:
-        done = list(tqdm(pool.map(lambda job: run_one(*job), jobs), total=len(jobs), desc="study"))
-    failures = [failure for failure in done if failure]
-    print("\n".join(failures) or "all runs are done")
-    return 1 if failures else 0
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 3. The command line
 
 
-def main():
+def parser():
+    """The flags that all studies have"""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE",
-                   help="default: all")
+    p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
+    p.add_argument("--only", nargs="+", metavar="RECIPE", help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, help="default: all of the recipe's")
-    p.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    p.add_argument("--parallel", type=int, help="runs at a time; default: 2 of one thread each, real ones 1")
     p.add_argument("--list", action="store_true", help="show the command lines and what is done")
-    p.add_argument("--tables", action="store_true", help="make the tables in the READMEs again")
-    p.add_argument("--pictures", action="store_true", help="draw results/study/*.png again")
-    args = p.parse_args()
+    p.add_argument("--tables", action="store_true", help="make the tables again, from the packed records")
+    return p
+
+
+def jobs_of(study, args, error):
+    """-> [("none", 0), ...]: recipes and seeds"""
+    if unknown := [name for name in args.only or [] if name not in study.recipes]:
+        error(f"--only {unknown[0]} is none of the recipes: {', '.join(study.recipes)}")
     jobs = []
-    for name in args.only:
-        jobs += [(name, s) for s in range(RECIPES[name].seeds) if args.seeds is None or s in args.seeds]
-    jobs.sort(key=lambda job: job[1] >= 3)       # three seeds of everything first: balanced if interrupted
+    for name in args.only or study.recipes:
+        every = range(study.recipes[name].seeds)
+        jobs += [(name, s) for s in every if args.seeds is None or s in args.seeds]
+    return sorted(jobs, key=lambda job: job[1] >= 3)     # three seeds of all first: balanced if interrupted
+
+
+def main(argv=None):
+    if "--paper" in (sys.argv if argv is None else argv):
+        import study_paper                       # here, because it and the two below read what stands above
+        return study_paper.main(argv)
+    p = parser()
+    p.add_argument("--pictures", action="store_true", help="draw results/study/*.png again")
+    args = p.parse_args(argv)
+    jobs = jobs_of(STUDY, args, p.error)
     if args.tables:
-        from study_tables import write           # here, because both read the recipes above
+        from study_tables import write
         write()
     elif args.pictures:
         from study_pictures import pictures
         pictures()
     elif args.list:
         for name, seed in jobs:
-            state = "done   " if packed(name, seed).exists() else "missing"
-            print(state, "python train.py", *argv_of(name, seed))
+            state = "done   " if STUDY.packed(name, seed).exists() else "missing"
+            print(state, "python train.py", *STUDY.argv_of(name, seed))
     else:
-        return run_all(jobs, args.parallel)
+        return STUDY.run_all(jobs, args.parallel or 2)
 
 
 if __name__ == "__main__":

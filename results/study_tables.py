@@ -24,7 +24,7 @@ import train
 from analyze_tokens import Alarm, collapse, mean, read_records, smooth
 from rl_step import PRESSURES
 from rollout import STATES, is_clean
-from study import DATA, FAST, RECIPES, ROOT, packed
+from study import DATA, FAST, RECIPES, ROOT, STUDY
 
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5",
         "ets_sft_lr2e-3", "prs", "ets_more_rows", "adaptive", "random_time", "ets_sync")
@@ -40,13 +40,13 @@ TRAINED, OTHER = "final/average_clean", "final/format_ood_clean"     # ... every
 
 
 def seeds(name):
-    return [s for s in range(RECIPES[name].seeds) if packed(name, s).exists()]
+    return [s for s in range(RECIPES[name].seeds) if STUDY.packed(name, s).exists()]
 
 
 @functools.cache
 def runs(name):
     """-> [records of each packed seed]"""
-    return [read_records(packed(name, seed)) for seed in seeds(name)]
+    return [read_records(STUDY.packed(name, seed)) for seed in seeds(name)]
 
 
 def late(records, *columns, n=10):
@@ -163,13 +163,13 @@ def spread(values, digits=2):
     return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def percent(values):
-    return spread([100 * v for v in values if v is not None], 0)
+def percent(values, digits=0):
+    return spread([100 * v for v in values if v is not None], digits)
 
 
-def falls(done, share=0.1):
+def falls(done, share=0.1, name="reward_clean"):
     """"2 of 5 (41, 77)": runs whose clean reward fell below `share` of its peak for good, and when"""
-    found = [collapse(records, name="reward_clean", share=share) for records in done]
+    found = [collapse(records, name=name, share=share) for records in done]
     steps = [str(one["step"]) for one in found if one]
     return f"{len(steps)} of {len(done)}" + (f" ({', '.join(steps)})" if steps else "")
 
@@ -198,30 +198,30 @@ def recipe_table(names, with_base=True):
     scores, rows = (SOLVED, TRAINED, OTHER), []
     if with_base:
         before = [f"{100 * start(score):.0f}" for score in scores]
-        rows.append(["the base", *[None] * 4, *before, *[None] * 3])
+        rows.append(["the base", *[None] * 4, *before, *[None] * 4])
     for name in [name for name in names if runs(name)]:
-        done, fell = runs(name), ["–", "–"]
+        done, fell = runs(name), ["–"] * 3
         if late(done[0], "reward") is not None:
-            fell = [falls(done), falls(done, share=0.5)]
+            fell = [falls(done, name="reward"), falls(done), falls(done, share=0.5)]
         solved = [percent(ends(name, score)) for score in scores]
         rows.append([code(name), len(done), spread(ends(name, "reward")), spread(ends(name, "reward_clean")),
                      percent(ends(name, *MALFORMED)), *solved, *fell,
                      f"{mean(supervised(name, records) for records in done):.0f}"])
     return markdown("recipe | seeds | task reward | clean reward | malformed messages, % | test tasks, % | "
-                    "... clean, % | other syntax, clean, % | clean reward fell to 10 % | ... to 50 % | "
-                    "supervised rows", rows)
+                    "... clean, % | other syntax, clean, % | task reward fell to 10 % | "
+                    "clean reward fell to 10 % | ... to 50 % | supervised rows", rows)
 
 
 def phase_table():
     """Did it collapse? Over learning rate x closing rule x seed"""
-    rows = [["the base", *[None] * 3, *(f"{100 * start(score):.0f}" for score in (TRAINED, OTHER))]]
+    rows = [["the base", *[None] * 4, *(f"{100 * start(score):.0f}" for score in (TRAINED, OTHER))]]
     for rate, closing, name in (("2e-4", "lenient", "slow"), ("2e-4", "strict", "slow_strict"),
                                 ("5e-4", "lenient", "none"), ("5e-4", "strict", "strict"),
                                 ("1e-3", "lenient", "fast"), ("1e-3", "strict", "fast_strict")):
         shares = [percent(ends(name, *columns)) for columns in (MALFORMED, [TRAINED], [OTHER])]
-        rows.append([rate, closing, falls(runs(name)), *shares])
-    return markdown("learning rate | closing | collapsed (step) | malformed messages, % | "
-                    "test tasks, clean, % | other syntax, clean, %", rows)
+        rows.append([rate, closing, falls(runs(name)), falls(runs(name), name="reward"), *shares])
+    return markdown("learning rate | closing | collapsed (step) | ... by the task reward | "
+                    "malformed messages, % | test tasks, clean, % | other syntax, clean, %", rows)
 
 
 def alarm_table():

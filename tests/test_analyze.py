@@ -2,6 +2,7 @@
 the study."""
 import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -305,26 +306,25 @@ def test_csv_records_are_the_records(folder, tmp_path):
 
 def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
     """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
-    monkeypatch.setattr(study, "DATA", tmp_path)
-    monkeypatch.setattr(study, "COMMON", " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1"]))
-    monkeypatch.setattr(study, "FINAL", " ".join([*RUN, study.FINAL]))
-    assert study.evaluate_base() == 0 and "average_clean" in json.loads((tmp_path / "base.json").read_text())
-    assert study.run_one("strict", 0) is None
+    common = " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1 --threads 1"])
+    small = replace(study.STUDY, data=tmp_path, common=common, final=" ".join([*RUN, study.FINAL]))
+    assert small.evaluate_base() == 0 and "average_clean" in json.loads((tmp_path / "base.json").read_text())
+    assert small.run_one("strict", 0) is None
     records = read_records(tmp_path / "strict-seed0.csv")
     assert len(records) == 3 and 0 <= records[-1]["final/format_ood_clean"] <= 1
     run = folder / "runs/study/strict-seed0"
     assert json.loads((run / "config.json").read_text())["closing"] == "strict"
     log = run.with_name("strict-seed0.log")
     before = log.read_bytes()
-    assert study.run_one("strict", 0) is None and log.read_bytes() == before
+    assert small.run_one("strict", 0) is None and log.read_bytes() == before
     (tmp_path / "strict-seed0.csv").unlink()     # as if killed after its first step
     (run / "checkpoints/latest").write_text("step-1")
     text = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(text[:4]) + "\n")
-    assert not study.finished(run) and study.run_one("strict", 0) is None
+    assert not study.finished(run) and small.run_one("strict", 0) is None
     assert read_records(tmp_path / "strict-seed0.csv") == records
     monkeypatch.setitem(study.RECIPES, "wrong", study.Recipe("--lr nan", 1))
-    assert "wrong-seed0 failed with status 2" in study.run_one("wrong", 0)
+    assert "wrong-seed0 failed with status 2" in small.run_one("wrong", 0)
 
 
 def made(rewards, **columns):

@@ -39,3 +39,13 @@ def test_recipes_are_command_lines_that_train_accepts():
     for name, recipe in study.RECIPES.items():
         train.parse_args([*study.COMMON.split(), *recipe.flags.split()])
         assert recipe.seeds >= 3, name
+
+
+def test_differences_names_flags_that_exist():
+    """results/differences.md: every row has four columns after its name, every flag is one of a command's"""
+    text = (ROOT / "results/differences.md").read_text()
+    flags = {name for group in train.FLAGS.values() for name, *_ in group}
+    views = {"spike", "probe", "kl", "paper"}    # analyze_tokens.py's, study.py's
+    assert set(re.findall(r"--([a-z_]+)", text)) <= flags | views
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) > 40 and {line.count("|") for line in rows} == {6}
