@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import STATES, Chat, Limits, demonstrate, is_clean
 from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
-from tools import TRAIN_CATEGORIES, UserError, make_tasks
+from tools import TRAIN_CATEGORIES, UserError, World, make_tasks
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Records: what a run has logged, one dict per line of metrics.jsonl
@@ -84,6 +84,12 @@ def checksum(path):
         while block := f.read(1 << 24):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def world_checksum():
+    """Of what the embedded world says: a base that learned other texts is lost in it"""
+    tasks = World(None).mixed("train", 30)
+    return zlib.crc32(repr([(task, task.system("A"), task.system("B")) for task in tasks]).encode())
 
 
 def smooth(records, name, window=5):
