@@ -94,6 +94,16 @@ def checksum(path):
     return crc
 
 
+def world_checksum():
+    """Of what the embedded world says: a base that learned other texts is lost in it"""
+    texts = []
+    for task in WORLDS["tiny"](None).mixed("train", 30):
+        texts += [task.system("A"), task.system("B")]
+        for turn in task.turns:
+            texts += [turn.user, repr(turn.calls), turn.reply]
+    return zlib.crc32("\n".join(texts).encode())
+
+
 def smooth(records, name, window=5):
     """-> steps, mean of the metric over the last `window` records that have it"""
     records = [r for r in records if name in r]

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -34,7 +33,7 @@ from transformers.utils import logging as hf_logging
 
 from analyze_tokens import (PROBED, Alarm, checksum, log_line, mean, newest_checkpoint, one_line, probe,
                             read_records, record_episodes, rollout_metrics, summary, table, token_classes,
-                            truth_logprobs)
+                            truth_logprobs, world_checksum)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
 from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
@@ -44,7 +43,7 @@ from supervision import ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, sample_groups
 from tools import BFCL_PACKAGES, CATEGORIES, WORLDS, UserError
 
 SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous", "adaptive", "adaptive_random")
-BASE = Path("runs/tiny-base")                    # --model tiny
+BASE = Path(__file__).resolve().parent / "results/base"             # --model tiny
 WEIGHT_DECAY = 0.01                              # AdamW's
 GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warning
 
@@ -287,8 +286,9 @@ def say(text):
 def starting_point(args):
     """--model -> the folder or name to load"""
     if args.model == "tiny":
-        make = [sys.executable, Path(__file__).resolve().parent / "results" / "make_base.py", "--out", BASE]
-        rank0_first(lambda: BASE.exists() or subprocess.run(make, check=True).returncode)
+        if json.loads((BASE / "recipe.json").read_text())["world"] != world_checksum():
+            raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of this one "
+                            "with python results/make_base.py.")
         return str(BASE)
     is_run = (Path(args.model) / "checkpoints" / "latest").exists()
     return str(newest_checkpoint(args.model)) if is_run else args.model

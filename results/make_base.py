@@ -1,18 +1,17 @@
 """results/make_base.py -- the embedded base model: a tokenizer and a Qwen2 decoder made from nothing,
-pre-trained by supervision alone, with the same demonstrations, environment and cross-entropy as every other
-SFT run here.
+pre-trained by supervision alone, with the same demonstrations, environment and cross-entropy as every SFT.
 
-    python results/make_base.py                          runs/tiny-base, about 4 minutes on two cores
-    python results/make_base.py --malformed 0.005 --out runs/rare-base     (then: train.py --model runs/rare-base)
+    python results/make_base.py                                  results/base, which we ship; 8 minutes
+    python results/make_base.py --seed 1 --out runs/base-seed1   then: train.py --model runs/base-seed1
 
-train.py starts it by itself, once, where --model tiny is asked for and is not there yet.
-"""
+It measures what the model can do and writes a row into results/base/README.md (measure_base.py)."""
 import argparse
 import json
 import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -22,22 +21,25 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  
 from tqdm import tqdm  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 
+from measure_base import PAGE, write_row  # noqa: E402
+from renamed import POOLS, renamed  # noqa: E402
 from rollout import (CLOSE, CONTROL, OPEN, TEMPLATES, Chat, Limits, play, truth_script,  # noqa: E402
                      write_calls)
 from sft_step import optimizer_step, set_lr, sft_backward  # noqa: E402
 from supervision import HBG  # noqa: E402
 from tools import PEOPLE, TRAIN_CATEGORIES, WORDS, make_tasks  # noqa: E402
-from train import publish  # noqa: E402
+from train import BASE, publish, world_checksum  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The tokenizer
 
 
 # Every fixed word of the hints and reflections (supervision.py); a test looks whether one is missing.
-WORDING = """Notes that may help: turn no call, but: is right not right: cause: fix: similar: not similar: user: assistant: result: right:
-the turn was never reached a message is not a complete call and not a clean reply a call where no call is right no call where one is
-right the tool must be the value of key must be a call is missing a call too many the state is not right Read each turn. Is it right?
-Write the cause and the right call. The last turn is not right. Write the cause, the fix, similar turns, and one that is not similar."""
+WORDING = """Notes that may help: turn no call, but: is right not right: cause: fix: similar: not similar:
+user: assistant: result: right: the turn was never reached a message is not a complete call and not a clean
+reply a call where no call is right no call where one is right the tool must be the value of key must be a
+call is missing a call too many the state is not right Read each turn. Is it right? Write the cause and the
+right call. The last turn is not right. The fix, similar turns, and one that is not similar."""
 
 
 def tiny_tokenizer(more_text=""):
@@ -48,6 +50,8 @@ def tiny_tokenizer(more_text=""):
     (It must BE that class: AutoTokenizer and vLLM choose the class by the model's type, and any other would
     be rebuilt with Qwen2's splitting rule when the checkpoint is loaded, silently.)"""
     texts = ["system\nuser\nassistant\n", WORDING, more_text]
+    for own, others in POOLS:
+        texts += [f"{word} {word}\n[{word}\n({word}\n_{word}" for word in own + others]
     for category in TRAIN_CATEGORIES:
         for task in make_tasks("train", category, 300) + make_tasks("train", category, 300, held_out=True):
             for syntax in "AB":
@@ -110,13 +114,13 @@ def malform(text, syntax, rng):
 
 
 def noisy_demonstrations(chat, n, seed, wrong=0.0, malformed=0.0):
-    """n Episodes in both syntaxes, played through the live world"""
+    """n Episodes in both syntaxes, played through the live world; seven of ten under other names"""
     rng, limits, rows = random.Random(f"demonstrations {seed}"), Limits(20, 1024, 1024, 256), []
     stories = [task for c in TRAIN_CATEGORIES for task in make_tasks("train", c, -(-n // 3), seed=seed)]
     for i, task in enumerate(tqdm(rng.sample(stories, n), desc="demonstrations", leave=False, disable=None)):
         syntax = "AB"[i % 2]
-        script = noisy_script(task, syntax, rng, wrong, malformed)
-        rows.append(play(chat, task.env(syntax), script, limits))
+        task = renamed(task, rng) if rng.random() < 0.7 else task
+        rows.append(play(chat, task.env(syntax), noisy_script(task, syntax, rng, wrong, malformed), limits))
     return rows
 
 
@@ -134,54 +138,62 @@ def tiny_model(vocab_size, hidden=128, layers=3, seed=0):
         pad_token_id=0))
 
 
-def pretrain(chat, model, steps, noisy_steps, wrong, malformed, seed):
-    """Three stages:
+SIZES = {"small": dict(hidden=64, layers=3, steps=900, noisy_steps=200, lr=5e-3),
+         "main": dict(hidden=128, layers=3, steps=600, noisy_steps=200, lr=3e-3),
+         "large": dict(hidden=224, layers=3, steps=600, noisy_steps=200, lr=2e-3)}
+
+
+def pretrain(chat, recipe):
+    """-> the model. Three stages:
 
       short   clean demonstrations of at most 170 tokens: copying a value from the request into a call is
               learnt here, twice as fast as on the full mixture
       full    clean demonstrations of every length
-      noisy   some calls wrong, a few messages malformed: sets the start success, and gives the malformed
-              messages a small probability, as any real model does. Without them RL has nothing to miscredit."""
-    clean = noisy_demonstrations(chat, min(6000, 32 * steps), f"clean {seed}")
-    noisy = noisy_demonstrations(chat, 32 * noisy_steps, f"noisy {seed}", wrong, malformed)
+      noisy   most calls wrong, a few messages malformed: sets the start success, and gives malformed messages
+              a small probability, as any real model does. Without them RL has nothing to miscredit."""
+    clean = noisy_demonstrations(chat, 32 * recipe.steps, f"clean {recipe.seed}")
+    noisy = noisy_demonstrations(chat, 32 * recipe.noisy_steps, f"noisy {recipe.seed}", recipe.wrong,
+                                 recipe.malformed)
+    model = tiny_model(len(chat.tokenizer), recipe.hidden, recipe.layers, recipe.seed)
     short = [row for row in clean if len(row.ids) <= 170]
-    total, batch, peak = steps + noisy_steps, 32, 3e-3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01)
-    bar = tqdm(range(total), desc="pre-training the embedded model (once)", disable=None)
-    for step in bar:
-        rows = noisy if step >= steps else clean if step >= 0.7 * steps else short
-        rows = [rows[(step * batch + i) % len(rows)] for i in range(batch)]
+    total = recipe.steps + recipe.noisy_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in (bar := tqdm(range(total), desc="pre-training", disable=None)):
+        rows = noisy if step >= recipe.steps else clean if step >= 0.7 * recipe.steps else short
+        rows = [rows[(32 * step + i) % len(rows)] for i in range(32)]
         warm, decay = min(1, (step + 1) / 50), 0.1 + 0.45 * (1 + math.cos(math.pi * step / total))  # to 10 %
-        set_lr(optimizer, peak * warm * decay)
-        metrics = sft_backward(model, rows, micro_tokens=8192)
+        set_lr(optimizer, recipe.lr * warm * decay)
+        metrics = sft_backward(model, rows, micro_tokens=2048)
         optimizer_step(model, optimizer, metrics["sft_loss"])
         bar.set_postfix(loss=f"{metrics['sft_loss']:.3f}")
+    return model.bfloat16()                      # half the megabytes; every run starts from these weights
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Make the embedded base model.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--out", default="runs/tiny-base", help="its folder")
-    p.add_argument("--hidden", type=int, default=128, help="hidden size, a multiple of 32 (a head has 32)")
-    p.add_argument("--layers", type=int, default=3, help="decoder layers")
-    p.add_argument("--steps", type=int, default=450, help="pre-training steps on clean demonstrations")
-    p.add_argument("--noisy_steps", type=int, default=200, help="then steps on demonstrations with mistakes")
-    p.add_argument("--wrong", type=float, default=0.9, help="there: probability that a call is wrong")
-    p.add_argument("--malformed", type=float, default=0.06, help="there: probability of a malformed message")
+    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="main", help="of the model; see SIZES")
     p.add_argument("--seed", type=int, default=0, help="of initialisation and demonstrations")
+    p.add_argument("--wrong", type=float, default=0.9, help="noisy stage: probability of a wrong call")
+    p.add_argument("--malformed", type=float, default=0.005, help="and of a malformed message")
+    p.add_argument("--eval_tasks", type=int, default=50, help="measure on so many per category; 0 = do not")
+    p.add_argument("--out", type=Path, default=BASE, help="its folder")
     args = p.parse_args(argv)
-    if args.hidden % 32 or args.hidden < 32:
-        p.error(f"--hidden {args.hidden} must be a multiple of 32")
-    if not (0 <= args.wrong <= 1 and 0 <= args.malformed <= 1 and args.steps >= 1 and args.noisy_steps >= 0):
-        p.error("--wrong and --malformed are probabilities, --steps at least 1, --noisy_steps at least 0")
-    if Path(args.out).exists():
+    if args.out.exists() and args.out != BASE:
         p.error(f"--out {args.out} exists")
-    total = args.steps + args.noisy_steps
-    print(f"pre-training the embedded model: {total} steps, once; it stays in {args.out}", flush=True)
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(len(tokenizer), args.hidden, args.layers, args.seed)
-    pretrain(Chat(tokenizer), model, args.steps, args.noisy_steps, args.wrong, args.malformed, args.seed)
-    publish(args.out, lambda tmp: (model.save_pretrained(tmp), tokenizer.save_pretrained(tmp)))
+    recipe = SIZES[args.size] | {"seed": args.seed, "wrong": args.wrong, "malformed": args.malformed,
+                                 "world": world_checksum()}
+    chat = Chat(tiny_tokenizer())
+    model = pretrain(chat, SimpleNamespace(**recipe))
+    page = PAGE.read_text()                      # it may stand in the folder that is replaced now
+
+    def write(tmp):
+        model.save_pretrained(tmp)
+        chat.tokenizer.save_pretrained(tmp)
+        (tmp / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    publish(args.out, write)
+    PAGE.write_text(page)
+    if args.eval_tasks:
+        write_row(args.out, f"{args.size}, seed {args.seed}", args.eval_tasks)
 
 
 if __name__ == "__main__":

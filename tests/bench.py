@@ -29,7 +29,7 @@ from types import SimpleNamespace
 # Nothing above is large, and it must stay so (the workers import torch): a child's ru_maxrss begins with the
 # memory of the process that it was forked from.
 ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "runs/tiny-base"                   # the model of `step`
+BASE = ROOT / "results/base"                      # the model of `step`
 TRL = ROOT / "runs/bench-trl"
 TRL_PACKAGES = ["trl==1.16.0", "datasets", "accelerate", "jmespath"]
 

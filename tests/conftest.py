@@ -15,20 +15,19 @@ import train  # noqa: E402
 from rollout import Chat  # noqa: E402
 
 torch.set_num_threads(1)
-RUN = ["--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", "--train_tasks", "12",
-       "--max_message_tokens", "24", "--max_messages", "16"]
+RUN = ["--model", "runs/tiny-base", "--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2",
+       "--train_tasks", "12", "--max_message_tokens", "24", "--max_messages", "16"]
 TIMES = {"seconds", "rollout_s"}
+make_base.SIZES["for tests"] = dict(hidden=32, layers=2, steps=4, noisy_steps=1, lr=3e-3)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder with the embedded base (pre-trained for five steps...) and a first run, shared by all
-    tests."""
+    """A folder with a small base (pre-trained for five steps...) and a first run, shared by all tests."""
     path = tmp_path_factory.mktemp("work")
     before = os.getcwd()
     os.chdir(path)
-    make_base.main(["--hidden", "32", "--layers", "1", "--steps", "4", "--noisy_steps", "1",
-                    "--out", str(train.BASE)])
+    make_base.main(["--size", "for tests", "--eval_tasks", "0", "--out", "runs/tiny-base"])
     assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
     yield path
     os.chdir(before)

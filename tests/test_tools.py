@@ -6,6 +6,7 @@ import random
 import pytest
 from conftest import ROOT
 from make_base import noisy_script
+from renamed import renamed
 from robustness import rewards
 
 from rollout import STATES, Limits, Message, is_clean, parse, play, truth_script, write_calls
@@ -291,3 +292,28 @@ def test_noisy_scripts():
                 run(env, messages)
             rewards.append(env.grade())
         assert env.status == "finished" and sum(rewards) < 0.2 * len(rewards)
+
+
+def test_renamed_stories():
+    """Under other names a story is solved by its ground truth, in both syntaxes; its tool list, or the turn
+    that reveals a tool, spells every call; and the held-out app's tools are never shown."""
+    rng, tools = random.Random(0), set()
+    for task in make_tasks("train", "base", 150) + make_tasks("train", "miss_func", 150):
+        new = renamed(task, rng)
+        for syntax in "AB":
+            env = new.env(syntax)
+            for messages in truth_script(new, syntax):
+                run(env, messages)
+            assert env.grade() == 1
+        shown = "\n".join([*new.docs.values(), *[turn.user for turn in new.turns if turn.reveal]])
+        for turn in new.turns:
+            for name, args in turn.calls:
+                assert f"{name}({', '.join(args)})" in shown.splitlines()
+        tools |= {line.split("(")[0] for line in shown.splitlines() if "(" in line}
+    assert {"send_file", "brew_leaf"} <= tools and not tools & DOCS["post"].keys()
+    task = Task("t", "base", dict(DOCS["bank"]), ["bank"], "seed", [
+        Turn('pay money to "bob", 3 coins', [("pay_money", {"to": "bob", "amount": 3})], "Done.")])
+    one = renamed(task, random.Random(1))
+    verb, noun, to, amount = (one.names[word] for word in ("pay", "money", "to", "amount"))
+    assert one.turns[0].user == f'{verb} {noun} {to} "bob", 3 coins' and task.turns[0].user.startswith("pay")
+    assert one.turns[0].calls == [(f"{verb}_{noun}", {to: "bob", amount: 3})]

@@ -3,7 +3,6 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import make_base
+import measure_base
 import plot
 import pytest
 import torch
@@ -23,6 +23,7 @@ from test_losses import close, episodes
 
 import analyze_tokens
 import rl_step
+import tools
 import train
 from analyze_tokens import collapse
 from rl_step import advantages, assign_credit, rl_backward, set_old_logprobs
@@ -52,14 +53,6 @@ def close_records(a, b):
     for one, other in zip(a, b, strict=True):
         assert one.pop("phase", "") == other.pop("phase", "")
         assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def two_layers(folder):
-    """-> --model and a base of two layers: FSDP gathers layer by layer"""
-    make_base.main(["--hidden", "32", "--layers", "2", "--steps", "4", "--noisy_steps", "1",
-                    "--out", "runs/two-layers"])
-    return ["--model", "runs/two-layers"]
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -376,8 +369,7 @@ def test_an_alarm_that_the_probe_does_not_measure(folder, capfd, alarm):
     assert status == 2 and alarm in err[-1] and "Traceback" not in "\n".join(err)
 
 
-@pytest.mark.parametrize("args, words", [(["--hidden", "33"], "--hidden 33 must be a multiple of 32"),
-                                         (["--hidden", "0"], "--hidden 0 must be a multiple of 32"),
+@pytest.mark.parametrize("args, words", [(["--size", "huge"], "invalid choice: 'huge'"),
                                          (["--out", "runs/first"], "--out runs/first exists")])
 def test_mistakes_with_the_base(folder, capfd, args, words):
     before = set(folder.rglob("*"))
@@ -629,24 +621,47 @@ sys.exit(train.cli())""")
     assert [r["step"] for r in steps_of("runs/failing")] == [0]
 
 
-def test_two_processes_make_the_base_model_first(tmp_path):
-    """torchrun in an empty folder: rank 0 starts results/make_base.py, once, and the other one waits. (The
-    script beside a copy of train.py is a short form of the real one.)"""
-    (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "train.py", tmp_path)
-    (tmp_path / "results/make_base.py").write_text(f"""import sys
-sys.path[0] = {str(ROOT / "results")!r}
-import make_base
-open("made", "a").write("x")
-make_base.main(["--hidden", "32", "--layers", "1", "--steps", "4", "--noisy_steps", "1", *sys.argv[1:]])""")
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    args = [*RUN, "--steps", "1", "--eval_every", "-1", "--out", "runs/fresh"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*head, "train.py", *args], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=240)
+def test_two_processes_start_from_the_shipped_base(tmp_path):
+    """python train.py in an empty folder: nothing is made first. The base has seen the control tokens where
+    they belong, and calls tools."""
+    done = command(*RUN, "--model", "tiny", "--steps", "1", "--out", "fresh", cwd=tmp_path, n=2)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "made").read_text() == "x" and (tmp_path / train.BASE / "model.safetensors").exists()
-    assert (tmp_path / "runs/fresh/checkpoints/latest").exists()
+    assert "results/base, 0.7" in done.stdout and (tmp_path / "fresh/checkpoints/latest").exists()
+    probed, = [r for r in rows(tmp_path / "fresh") if r["step"] == 0 and "p/open|call" in r]
+    assert probed["p/open|call"] > 0.8 and 0 < probed["p/open|text"] < 0.1
+    assert list(tmp_path.iterdir()) == [tmp_path / "fresh"]
+
+
+def test_the_shipped_base_fits_the_world():
+    """Its tokenizer is the one that make_base.py makes of today's texts, and every word of a task is a
+    token; its file stays small."""
+    shipped = train.AutoTokenizer.from_pretrained(train.BASE)
+    made = make_base.tiny_tokenizer()
+    assert shipped.get_vocab() == made.get_vocab() and shipped.chat_template == made.chat_template
+    assert (train.BASE / "model.safetensors").stat().st_size < 3_000_000
+    recipe = json.loads((train.BASE / "recipe.json").read_text())
+    assert recipe["world"] == train.world_checksum() and recipe["malformed"] == 0.005
+
+
+def test_a_world_that_the_shipped_base_does_not_know(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(tools.CALL_HELP, "A", "A call is written\n<call tool>")
+    assert train.cli(["--steps", "1", "--out", str(tmp_path / "r")]) == 2
+    err = capfd.readouterr().err.strip()
+    assert "\n" not in err and "another world" in err and "make_base.py" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_base_is_measured(tmp_path, capsys, monkeypatch):
+    """make_base.py adds what it reached to its page; a row of the same name is replaced."""
+    page = tmp_path / "README.md"
+    page.write_text("| base | ... |\n| for tests, seed 3 | old |\n| main, seed 0 | kept |\n")
+    monkeypatch.setattr(make_base, "PAGE", page)
+    monkeypatch.setattr(measure_base, "PAGE", page)
+    make_base.main(["--size", "for tests", "--seed", "3", "--eval_tasks", "2", "--out", str(tmp_path / "b")])
+    first, kept, row = page.read_text().splitlines()
+    assert kept == "| main, seed 0 | kept |" and row.startswith("| for tests, seed 3 | 0.0")
+    assert row == capsys.readouterr().out.strip().splitlines()[-1] and row.count("|") == 9
+    assert json.loads((tmp_path / "b/recipe.json").read_text())["seed"] == 3
 
 
 # --- shards ------------------------------------------------------------------------------------------------
@@ -659,10 +674,10 @@ def near(a, b):
             assert other[name] == expected, name
 
 
-def test_sharded_over_two_processes_is_one_process(folder, two_layers):
+def test_sharded_over_two_processes_is_one_process(folder):
     """FSDP2 over two processes, unequal work (5 rows, micro-batches of one or two): metrics and weights of
     one plain process; and its checkpoint continues on ONE process to the same numbers."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "27",
+    args = [*RUN, "--signal", "sft", "--schedule", "synchronous", "--sft_batch", "27",
             "--kl_weight", "0.01", "--micro_tokens", "600", "--steps", "3", "--save_every", "2",
             "--probe_every", "2", "--eval_every", "-1", "--threads", "1"]
     assert train.cli([*args, "--out", "runs/plain"]) == 0
@@ -678,20 +693,20 @@ def test_sharded_over_two_processes_is_one_process(folder, two_layers):
     near(rows("runs/plain"), rows("runs/sharded"))
 
 
-def test_a_probe_on_one_rank_leaves_the_sharded_ranks_in_step(folder, two_layers):
+def test_a_probe_on_one_rank_leaves_the_sharded_ranks_in_step(folder):
     """Rank 0 alone runs the model in the probe; the backward pass right after it must gather the same layers
     on both."""
-    args = [*RUN, *two_layers, "--signal", "sft", "--schedule", "sft", "--sft_batch", "22", "--probe_every",
+    args = [*RUN, "--signal", "sft", "--schedule", "sft", "--sft_batch", "22", "--probe_every",
             "1", "--eval_every", "-1", "--shard"]
     done = command(*args, "--out", "runs/instep", cwd=folder, n=2)
     assert done.returncode == 0, done.stderr
     assert [(r["sft_updates"], r["skipped_updates"]) for r in steps_of("runs/instep")] == [(9, 0)]
 
 
-def test_a_sharded_update_without_any_mixed_group(folder, two_layers):
+def test_a_sharded_update_without_any_mixed_group(folder):
     """The trainer's log-probabilities were just measured, so the root's weights are whole; and there is no
     backward pass to cut them."""
-    args = [*RUN, *two_layers, "--shard", "--compute_dtype", "bfloat16", "--correction", "2", "--steps", "1",
+    args = [*RUN, "--shard", "--compute_dtype", "bfloat16", "--correction", "2", "--steps", "1",
             "--eval_every", "-1"]
     done = command(*args, "--out", "runs/unmixed", cwd=folder)
     assert done.returncode == 0, done.stderr
