@@ -260,7 +260,7 @@ class Chat:
             raise UserError(f"the chat template of {name} cannot render a system and a user message "
                             f"({error}); pass one that can with --chat_template FILE.") from error
         if not ("SYSTEM WORDS" in short and "USER TURN ONE" in short):
-            raise UserError(f"the chat template of {name} leaves out the system or the user message; pass one "
+            raise UserError(f"the chat template of {name} leaves out the system or user message; pass one "
                             "that shows both with --chat_template FILE.")
         answered = [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
         longer = self._render(talk + answered)

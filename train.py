@@ -441,7 +441,7 @@ def check_run(args):
     """Can the run folder be made, or continued? -> its checkpoint, or None. Writes nothing but a lock."""
     out = Path(args.out)
     if not args.resume:
-        begun = {path.name for path in out.glob("*")} - {"lock", "config.json.tmp"}     # left by a kill at once
+        begun = {path.name for path in out.glob("*")} - {"lock", "config.json.tmp"}  # those a kill can leave
         if begun or out.is_file():
             raise UserError(f"the run folder {out} exists; continue it with --resume, or name another --out.")
         return None

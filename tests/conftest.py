@@ -20,6 +20,17 @@ RUN = ["--prompts", "4", "--group", "4", "--updates", "2", "--eval_tasks", "2", 
 TIMES = {"seconds", "rollout_s"}
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: an hour of kills; only with `python -m pytest tests -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; -m slow runs it"))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A folder with the embedded base (pre-trained for five steps...) and a first run, shared by all
