@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout import STATES, Chat, Limits, demonstrate, is_clean
+from rollout import STATES, TEMPLATES, Chat, Limits, demonstrate, is_clean
 from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
 from tools import TRAIN_CATEGORIES, UserError, make_tasks
 
@@ -52,7 +52,7 @@ def read_records(out):
                 records.append(checked(parse_cells(cells)))
         else:
             for i, line in enumerate(lines):
-                records.append(checked(json.loads(line)))
+                records.append(checked(json.loads(line.decode())))
     except (*DAMAGE, RecursionError, csv.Error) as error:
         cut = isinstance(error, ValueError) and i == len(lines) - 1 and not is_csv
         if not cut:
@@ -439,7 +439,7 @@ def timeline(records, points=12):
 
 def pretrained(name, dtype=torch.float32, template=None):
     """A Hugging Face name or folder -> model, Chat. What is loaded is what was named: all of its weights, no
-    others, and none of its own code is run. template: text, instead of the model's"""
+    others, and none of its own code. template: a Jinja file, or one of TEMPLATES, instead of the model's"""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -452,15 +452,15 @@ def pretrained(name, dtype=torch.float32, template=None):
         if names := sorted(found[f"{kind}_keys"]):
             raise UserError(f"{name} has {kind} weights, so it is not the model that its config.json names: "
                             f"{', '.join(names[:3])} ({len(names)} in all).")
-    if template is not None:
-        tokenizer.chat_template = template
     try:
+        if template:
+            tokenizer.chat_template = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
         return model, Chat(tokenizer)
     except UserError:
         raise
     except Exception as error:                   # a template can raise anything
-        raise UserError(f"the chat template of {name} cannot render a conversation ({error!r}); pass one "
-                        "that can with --chat_template FILE.") from error
+        raise UserError(f"the chat template {template or f'of {name}'} cannot be used ({error!r}); pass a "
+                        f"Jinja file with --chat_template, or {' or '.join(TEMPLATES)}.") from error
 
 
 def load(path):

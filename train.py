@@ -293,14 +293,7 @@ def starting_point(args):
 
 def load_model(name, args, device):
     """-> model, Chat"""
-    template = TEMPLATES.get(args.chat_template)
-    if args.chat_template and not template:
-        try:
-            template = Path(args.chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--chat_template {args.chat_template} cannot be read ({error}); name a Jinja "
-                            f"file, or {' or '.join(TEMPLATES)}.") from error
-    model, chat = pretrained(name, getattr(torch, args.dtype), template)
+    model, chat = pretrained(name, getattr(torch, args.dtype), args.chat_template)
     if args.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.shard:
@@ -464,11 +457,13 @@ def open_folder(run):
         lock(out)
         check_run(run.args)                      # again: another process may have been faster
     write_atomically(out / "config.json", json.dumps(run_config(run.args), indent=1))
+    kept = {}                                    # both are read before one is written: either may be damaged
     for path in (out / "metrics.jsonl", out / "episodes.jsonl"):
+        kept[path] = [r for r in (read_records(path) if path.exists() else []) if r["step"] < step]
+    for path, records in kept.items():
         if path.exists():
             shutil.copy(path, f"{path}.old")     # should the step be the wrong one
-        kept = [r for r in (read_records(path) if path.exists() else []) if r["step"] < step]
-        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
     folder = out / "checkpoints"
     for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
         shutil.rmtree(path)
