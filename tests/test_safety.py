@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import analyze_tokens
 import plot
 import train
-from analyze_tokens import newest_checkpoint, read_records, saved_steps
+from analyze_tokens import newest_checkpoint, saved_steps
 from rollout import STATES
 from supervision import SFT, Judge
 from test_supervision import options
@@ -154,12 +154,12 @@ THREE = [*KILLED, *ETS, "--steps", "3"]
 
 def test_killed_at_write_points(folder):
     whole, _ = whole_run(THREE, "runs/written")
-    assert kill_at_writes([0, 1, 9, 22, 31, 40, 49], THREE, "runs/cut", whole) == 7
+    assert kill_at_writes([0, 9, 22, 31, 45], THREE, "runs/cut", whole) == 5
 
 
 def test_killed_at_random_moments(folder):
     whole, seconds = whole_run(THREE, "runs/undisturbed")
-    kill_at_moments(range(3), THREE, "runs/hit", whole, seconds)
+    kill_at_moments(range(2), THREE, "runs/hit", whole, seconds)
 
 
 @pytest.mark.slow
@@ -418,7 +418,8 @@ def test_ctrl_c_does_not_wait_for_the_judge(judge):
     Judge.patience, Judge.timeout = 100, 100
     bad = judge(lambda connection, n: time.sleep(100))
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-supervision.Judge({bad.url!r}, "m").answers([str(i) for i in range(40)])"""
+from supervision import Judge
+Judge({bad.url!r}, "m").answers([str(i) for i in range(40)])"""
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while len(bad.seen) < 16:
         time.sleep(0.05)
