@@ -459,8 +459,9 @@ def pretrained(name, dtype=torch.float32, template=None):
     except UserError:
         raise
     except Exception as error:                   # a template can raise anything
-        raise UserError(f"the chat template {template or f'of {name}'} cannot be used ({error!r}); pass a "
-                        f"Jinja file with --chat_template, or {' or '.join(TEMPLATES)}.") from error
+        which = f"--chat_template {template}" if template else f"the chat template of {name}"
+        raise UserError(f"{which} cannot be used ({error!r}); pass a Jinja file with --chat_template, or "
+                        f"{' or '.join(TEMPLATES)}.") from error
 
 
 def load(path):

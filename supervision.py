@@ -460,20 +460,17 @@ class Judge:
                         raise TimeoutError(f"no end of the reply after {len(reply)} bytes")
         except HTTPError as error:               # what it refuses (ValueError) it would refuse again
             kind = ValueError if error.code in (400, 413, 422) else OSError
-            raise kind(f"{error}: {error.read(500).decode(errors='replace')}") from error
+            reason = f"{error}: {error.read(500).decode(errors='replace')}"      # may quote the key
+            raise kind(reason.replace(self.key or "\0", "***")) from error
         self.failed_in_a_row = 0
         return usable(json.loads(reply)["choices"][0]["message"]["content"])
-
-    def _said(self, error):
-        """-> one line, without the key: some servers quote it"""
-        return " ".join(repr(error).replace(self.key or "\0", "***").split())
 
     def check(self):
         """Before anything starts: is it there, does it know the model, does it take the key?"""
         try:
             self._ask("Say yes.")
         except Exception as error:
-            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({self._said(error)}); "
+            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error!r}); "
                             "check --judge_url, --judge_model and the key in JUDGE_API_KEY.") from error
 
     def _file(self, prompt):
@@ -498,13 +495,11 @@ class Judge:
                 if isinstance(error, (ValueError, LookupError, TypeError)):
                     return None                  # an answer of no use: the next one would be no better
                 continue
-            try:
+            with suppress(OSError):              # a full disk: the answer is used, and not kept
                 self.cache.mkdir(parents=True, exist_ok=True)
                 part = self.cache / uuid.uuid4().hex                 # other processes write here too
                 part.write_text(json.dumps({"model": self.model, "prompt": prompt, "answer": answer}))
                 os.replace(part, self._file(prompt))
-            except OSError as error:             # a full disk: the answer is used, and not kept
-                self.trouble = error
             return answer
         self.failed_in_a_row += 1
 
@@ -521,16 +516,16 @@ class Judge:
         for _ in unknown[:self.workers]:
             Thread(target=work, daemon=True).start()     # a daemon: Ctrl-C does not wait for its request
         until = time.monotonic() + (self.timeout if self.failed_in_a_row >= self.give_up else self.patience)
-        with suppress(Empty):                    # the time is up
+        try:
             for _ in tqdm(unknown, "judge", leave=False, disable=None):
                 prompt, found[prompt] = done.get(timeout=max(0, until - time.monotonic()))
                 if self.failed_in_a_row >= self.give_up:
                     break
+        except Empty:                            # the time is up; a late answer makes it 0 again
+            self.failed_in_a_row = self.give_up
         todo[:] = [None] * self.workers          # the threads end with the requests that they are at
-        missing = sum(found[prompt] is None for prompt in unknown)
-        if missing or self.trouble:
-            tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered in time; the last error: "
-                       f"{self._said(self.trouble)}")
+        if missing := sum(found[prompt] is None for prompt in unknown):
+            tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble!r})")
         return [found[prompt] for prompt in prompts]
 
 
