@@ -12,7 +12,10 @@ collapsed checkpoint: results/autopsy.py.
 """
 import argparse
 import csv
+import fcntl
 import json
+import os
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -20,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rollout import STATES, is_clean
+from rollout import STATES, TEMPLATES, Chat, is_clean
 from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
 from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Records: what a run has logged, one dict per line of metrics.jsonl
+# 1. The files of a run: records (one dict per line of metrics.jsonl), checkpoints, the lock
 
 
 def mean(values):
@@ -35,25 +39,47 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
+# What reading records raises that no run has written: a metric that is a text, or is not there.
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
+
+
 def read_records(out):
     """A run folder, a metrics.jsonl, or a study's CSV (merged by step) -> [{"step": 0, "reward": .1, ...}]
     A last line that was cut in the middle (the run goes on, or was killed) is left out."""
     path = Path(out) if str(out).endswith((".jsonl", ".csv")) else Path(out) / "metrics.jsonl"
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
-    if path.suffix == ".csv":
-        with open(path, newline="") as f:
-            return [parse_cells(record) for record in csv.DictReader(f)]
-    lines, records = path.read_text().splitlines(), []
-    for i, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if i < len(lines) - 1:
-                raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest.") from error
+    lines, records, i, is_csv = path.read_bytes().splitlines(), [], 0, path.suffix == ".csv"
+    try:
+        if is_csv:
+            for i, cells in enumerate(csv.DictReader(line.decode() for line in lines), 1):
+                records.append(checked(parse_cells(cells)))
+        else:
+            for i, line in enumerate(lines):
+                records.append(checked(json.loads(line.decode())))
+    except (*DAMAGE, RecursionError, csv.Error) as error:
+        cut = isinstance(error, ValueError) and i == len(lines) - 1 and not is_csv
+        if not cut:
+            raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest "
+                            f"({error!r}).") from error
     if Path(out).is_dir() and (Path(out) / "kl.jsonl").exists():
         records += read_records(Path(out) / "kl.jsonl")              # what --kl has measured
     return records
+
+
+def checked(record):
+    """{"step": 3, ...} -> the same. What has no step is no record."""
+    if type(record["step"]) is not int:
+        raise TypeError("the step is not a whole number")
+    return record
+
+
+def read_json(path):
+    """The dict in a file that a run wrote"""
+    try:
+        return {**json.loads(Path(path).read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
 
 
 def log_line(path, record, wandb=None):
@@ -72,17 +98,35 @@ def parse_cells(record):
     return {name: kind(name, text)(text) for name, text in record.items() if text}
 
 
+def saved_steps(out):
+    """-> [25, 50], of the checkpoints that are there; complete ones: they get their names last"""
+    names = [path.name[5:] for path in (Path(out) / "checkpoints").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 def newest_checkpoint(out):
-    """runs/x -> runs/x/checkpoints/step-50, verified file by file"""
-    folder = Path(out) / "checkpoints"
-    path = folder / (folder / "latest").read_text().strip()
-    advice = f"point {folder / 'latest'} to an older step-N folder."
-    if not (path / "MANIFEST.json").exists():
-        raise UserError(f"the checkpoint {path} is missing; {advice}")
-    for name, (size, crc) in json.loads((path / "MANIFEST.json").read_text()).items():
-        file = path / name
-        if not file.exists() or file.stat().st_size != size or checksum(file) != crc:
-            raise UserError(f"the checkpoint file {file} is damaged; {advice}")
+    """runs/x -> runs/x/checkpoints/step-50, verified; None if there is none. `latest` names it. Without one
+    (the run was killed just before its first, or the file is lost) it is the one of the last step."""
+    folder, steps = Path(out) / "checkpoints", saved_steps(out)
+    if (folder / "latest").is_file():
+        path = folder / (folder / "latest").read_text(errors="replace").strip()
+    elif steps:
+        path = folder / f"step-{steps[-1]}"
+    else:
+        return None
+    if not (path / "MANIFEST.json").is_file():
+        raise UserError(f"the checkpoint {path} is missing; write an older step-N into {folder / 'latest'}.")
+    return verified(path)
+
+
+def verified(path):
+    """A folder, checked file by file if it has a MANIFEST.json -> the same"""
+    manifest = Path(path) / "MANIFEST.json"
+    for name, size_and_sum in (read_json(manifest) if manifest.is_file() else {}).items():
+        file = manifest.parent / name
+        if not file.is_file() or [file.stat().st_size, checksum(file)] != size_and_sum:
+            raise UserError(f"the file {file} is damaged; use another checkpoint (to resume, write an older "
+                            f"step-N into {manifest.parent.parent / 'latest'}).")
     return path
 
 
@@ -102,6 +146,40 @@ def world_checksum():
         for turn in task.turns:
             texts += [turn.user, repr(turn.calls), turn.reply]
     return zlib.crc32("\n".join(texts).encode())
+
+
+def publish(path, write):
+    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, one atomic rename"""
+    path = Path(path)
+    tmp = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    write(tmp)
+    manifest = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(tmp.iterdir())}
+    (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+    for f in [*tmp.iterdir(), tmp]:
+        fd = os.open(f, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(tmp, path)
+
+
+def write_atomically(path, text):
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def lock(out):
+    """From here on this process alone writes into the run folder. A POSIX lock: it dies with the process, and
+    no child inherits it. (So the file is never closed.)"""
+    file = os.open(out / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"another process is writing the run in {out} ({error}); wait for it to end, or name "
+                        "another --out.") from error
 
 
 def smooth(records, name, window=5):
@@ -391,6 +469,33 @@ def timeline(records, points=12):
     return "\n".join(lines)
 
 
+def pretrained(name, dtype=torch.float32, template=None):
+    """A Hugging Face name or folder -> model, Chat. What is loaded is what was named: all of its weights, no
+    others, and none of its own code. template: a Jinja file, or one of TEMPLATES, instead of the model's"""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:                   # every library below has its own exception types here
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot load the model {name}: {reason}; check --model (a folder with config.json, "
+                        "weights and tokenizer, or a Hugging Face name that can be downloaded).") from error
+    for kind in ("missing", "unexpected"):       # missing ones would be random numbers
+        if names := sorted(found[f"{kind}_keys"]):
+            raise UserError(f"{name} has {kind} weights, so it is not the model that its config.json names: "
+                            f"{', '.join(names[:3])} ({len(names)} in all).")
+    try:
+        if template:
+            tokenizer.chat_template = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
+        return model, Chat(tokenizer)
+    except UserError:
+        raise
+    except Exception as error:                   # a template can raise anything
+        which = f"--chat_template {template}" if template else f"the chat template of {name}"
+        raise UserError(f"{which} cannot be used ({error!r}); pass a Jinja file with --chat_template, or "
+                        f"{' or '.join(TEMPLATES)}.") from error
+
+
 def transcript(chat, episode):
     """For reading: a paragraph per span, the model's with state: 'model[call]  <tool_call>...<|im_end|>' """
     lines = []
@@ -461,8 +566,9 @@ def main(argv=None):
             else:
                 text = f"== {out}\n\n{VIEWS[args.view](out, args)}"
             print(text, end="\n\n")
-        except UserError as error:               # say it, and go on with the other runs
-            print(f"analyze_tokens.py: error: {error}", file=sys.stderr)
+        except (UserError, *DAMAGE) as error:    # say it, and go on with the other runs
+            reason = error if isinstance(error, UserError) else f"{out} is not as a run leaves it: {error!r}"
+            print(f"analyze_tokens.py: error: {reason}", file=sys.stderr)
             status = 2
     return status
 

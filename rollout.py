@@ -288,12 +288,15 @@ class Chat:
         self.open_id, self.close_id = self._encode(OPEN)[0], self._encode(CLOSE)[0]
         # A reply with a think block: templates that strip thinking from the history betray themselves here.
         said, user2 = "<think>\nA\n</think>\n\nB", "USER TURN TWO"
-        talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "USER TURN ONE"}]
+        talk = [{"role": "system", "content": "SYSTEM WORDS"}, {"role": "user", "content": "USER TURN ONE"}]
         try:
             short = self._render(talk) + said
         except TemplateError as error:  # it refuses the role "system", or needs a token that is not there
             raise UserError(f"the chat template of {name} cannot render a system and a user message "
                             f"({error}); pass one that can with --chat_template FILE.") from error
+        if not ("SYSTEM WORDS" in short and "USER TURN ONE" in short):
+            raise UserError(f"the chat template of {name} leaves out the system or user message; pass one "
+                            "that shows both with --chat_template FILE.")
         answered = [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
         longer = self._render(talk + answered)
         if not (longer.startswith(short) and longer.count(user2) == 1

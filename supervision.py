@@ -17,9 +17,15 @@ import hashlib
 import json
 import os
 import random
-from concurrent.futures import ThreadPoolExecutor
+import time
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from tqdm import tqdm
@@ -100,7 +106,7 @@ class SFT(Signal):
             lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
             for i, line in enumerate(filter(None, lines), 1):
                 rows.append(dialogue_row(self.chat, f"{path}:{i}", json.loads(line)["messages"]))
-        except (OSError, ValueError, TypeError, LookupError) as error:
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(f"--sft_file {path} cannot be read (line {len(rows) + 1}: {error!r}); it must be "
                             "JSON lines of messages, as results/toolace.py writes them.") from error
         fitting = [row for row in rows if len(row.ids) <= self.limits.total]
@@ -272,6 +278,8 @@ def dialogue_row(chat, name, messages):
     (Chat spells out the control tokens in what they say, but for call tags: an answer that mentions an
     "<|im_end|>" must not train an end in mid-message.)"""
     roles = [m["role"] for m in messages]
+    if not all(isinstance(m["content"], str) for m in messages):     # a list would be encoded as many texts
+        raise ValueError("the content of a message must be a text")
     talk = roles[1:] if roles[0] == "system" else roles
     if talk != ["user", "assistant"] * (len(talk) // 2) or not talk:
         raise ValueError(f"the roles must be [system,] user, assistant, user, assistant, ..., not {roles}")
@@ -422,53 +430,112 @@ EMBEDDED_JUDGE = {"whole": reflect_whole, "error": reflect_error}
 
 
 class Judge:
-    """An OpenAI-compatible endpoint. Every answer is stored on disk under the hash of its question before it
-    is used, so an interrupted run never pays twice; a server that fails in mid-run costs reflections, never
-    the run. No sampling parameters are sent: some judges refuse them."""
+    """An OpenAI-compatible server. Whatever it does costs reflections, never the run. Each answer is stored
+    under the hash of its question before it is used, so that none is paid for twice. No sampling parameters
+    are sent: some models refuse them."""
     cache = Path("runs/judge-cache")
-    workers, timeout, retries = 16, 120.0, 4     # concurrent requests; seconds per request; further attempts
+    workers, timeout, retries = 16, 120.0, 5     # requests at once; seconds for one; attempts after the first
+    patience = 1800.0                            # seconds for all: the other processes wait an hour at most
+    give_up, longest = 5, 1_000_000              # failures in a row; bytes of a reply
 
     def __init__(self, url, model):
-        try:
-            from openai import OpenAI, OpenAIError
-        except ImportError as error:
-            raise UserError(f"--judge_url needs the openai client ({error}): pip install openai") from error
-        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
-        self.url, self.model = url, model
-        self.client = OpenAI(base_url=url, api_key=key, timeout=self.timeout, max_retries=self.retries)
-        # OpenAIError: what the server says, after the retries; the others: an answer that is not one
-        self.failures = (OpenAIError, ValueError, LookupError, TypeError, AttributeError)
+        openais = url.startswith("https://api.openai.com/")          # the second key is for no other host
+        key = os.environ.get("JUDGE_API_KEY") or (openais and os.environ.get("OPENAI_API_KEY")) or ""
+        self.url, self.model, self.key = url, model, key.strip()
+        if not (self.key.isascii() and self.key.isprintable()):      # else http.client's error shows it
+            raise UserError("the key in JUDGE_API_KEY or OPENAI_API_KEY holds what no key holds.")
+        self.failed_in_a_row, self.trouble = 0, None
 
-    def _ask(self, prompt, client=None):
-        talk = [{"role": "user", "content": prompt}]
-        answer = (client or self.client).chat.completions.create(model=self.model, messages=talk)
-        return answer.choices[0].message.content
+    def _ask(self, prompt):
+        """One request -> the answer. Whatever is wrong with it is an exception."""
+        talk = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        request = Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(talk).encode())
+        request.add_header("Content-Type", "application/json")
+        if self.key:                             # unredirected: for the host that was named, and no other
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        reply, until = b"", time.monotonic() + self.timeout
+        try:
+            with urlopen(request, timeout=self.timeout) as response:             # of each wait for a byte
+                if response.url != request.full_url:
+                    raise OSError(f"redirected to {response.url}")
+                while block := response.read1(65_536):
+                    reply += block
+                    if len(reply) > self.longest or time.monotonic() > until:
+                        raise TimeoutError(f"no end of the reply after {len(reply)} bytes")
+        except HTTPError as error:               # what it refuses (ValueError) it would refuse again
+            kind = ValueError if error.code in (400, 413, 422) else OSError
+            reason = f"{error}: {error.read(500).decode(errors='replace')}"      # may quote the key
+            raise kind(reason.replace(self.key or "\0", "***")) from error
+        self.failed_in_a_row = 0
+        return usable(json.loads(reply)["choices"][0]["message"]["content"])
 
     def check(self):
         """Before anything starts: is it there, does it know the model, does it take the key?"""
         try:
-            self._ask("Say yes.", self.client.with_options(max_retries=0))
-        except self.failures as error:
-            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error}); check "
-                            "--judge_url, --judge_model and the key in JUDGE_API_KEY.") from error
+            self._ask("Say yes.")
+        except Exception as error:
+            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error!r}); "
+                            "check --judge_url, --judge_model and the key in JUDGE_API_KEY.") from error
+
+    def _file(self, prompt):
+        question = json.dumps([self.url, self.model, prompt]).encode()
+        return self.cache / f"{hashlib.sha256(question).hexdigest()}.json"
+
+    def _stored(self, prompt):
+        """-> the answer in the cache; None if it is not there, or damaged"""
+        try:
+            return usable(json.loads(self._file(prompt).read_text())["answer"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def _answer(self, prompt):
-        path = self.cache / (hashlib.sha256(json.dumps([self.model, prompt]).encode()).hexdigest() + ".json")
-        if path.exists():
-            return json.loads(path.read_text())["answer"]
-        try:
-            answer = self._ask(prompt)
-        except self.failures:
-            return None
-        if answer:  # an empty one must not reach the cache, where it would stay for good
-            tmp = path.with_suffix(f".{os.getpid()}.tmp")
-            tmp.write_text(json.dumps({"model": self.model, "prompt": prompt, "answer": answer}))
-            os.replace(tmp, path)
-        return answer
+        """-> the answer, now in the cache too; None if none can be had. Runs in a thread: never raises."""
+        for attempt in range(1 if self.failed_in_a_row >= self.give_up else self.retries + 1):
+            time.sleep(2 ** attempt - 1)
+            try:
+                answer = self._ask(prompt)
+            except Exception as error:
+                self.trouble = error
+                if isinstance(error, (ValueError, LookupError, TypeError)):
+                    return None                  # an answer of no use: the next one would be no better
+                continue
+            with suppress(OSError):              # a full disk: the answer is used, and not kept
+                self.cache.mkdir(parents=True, exist_ok=True)
+                part = self.cache / uuid.uuid4().hex                 # other processes write here too
+                part.write_text(json.dumps({"model": self.model, "prompt": prompt, "answer": answer}))
+                os.replace(part, self._file(prompt))
+            return answer
+        self.failed_in_a_row += 1
 
     def answers(self, prompts):
-        """-> one answer per prompt, None where the server failed for good"""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(self.workers) as pool:
-            answers = pool.map(self._answer, prompts)
-            return list(tqdm(answers, total=len(prompts), desc="judge", leave=False, disable=None))
+        """-> one answer per prompt, None where there was none in time. After `give_up` failures in a row the
+        rest is not asked; as long as it is down, later calls wait for one request's time at most."""
+        found = {prompt: self._stored(prompt) for prompt in prompts}             # equal ones are asked once
+        unknown = [prompt for prompt in found if found[prompt] is None]
+        todo, done, self.trouble = [None] * self.workers + unknown, SimpleQueue(), None
+
+        def work():
+            for prompt in iter(todo.pop, None):  # None: nothing is left for this thread
+                done.put((prompt, self._answer(prompt)))
+        for _ in unknown[:self.workers]:
+            Thread(target=work, daemon=True).start()     # a daemon: Ctrl-C does not wait for its request
+        until = time.monotonic() + (self.timeout if self.failed_in_a_row >= self.give_up else self.patience)
+        try:
+            for _ in tqdm(unknown, "judge", leave=False, disable=None):
+                prompt, found[prompt] = done.get(timeout=max(0, until - time.monotonic()))
+                if self.failed_in_a_row >= self.give_up:
+                    break
+        except Empty:                            # the time is up; a late answer makes it 0 again
+            self.failed_in_a_row = self.give_up
+        todo[:] = [None] * self.workers          # the threads end with the requests that they are at
+        if missing := sum(found[prompt] is None for prompt in unknown):
+            tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble!r})")
+        return [found[prompt] for prompt in prompts]
+
+
+def usable(answer):
+    """An answer's text; or ValueError: a list, None, "", a lone surrogate, which no tokenizer takes"""
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"no text, but {str(answer)[:80]!r}")
+    answer.encode()
+    return answer

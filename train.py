@@ -14,6 +14,7 @@ import json
 import os
 import random
 import shutil
+import signal as os_signal
 import sys
 import time
 import traceback
@@ -28,14 +29,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as sharded_state
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from analyze_tokens import (PROBED, Alarm, checksum, log_line, mean, newest_checkpoint, one_line, probe,
-                            read_records, record_episodes, rollout_metrics, summary, table, token_classes,
-                            truth_logprobs, world_checksum)
+from analyze_tokens import (PROBED, Alarm, checksum, lock, log_line, mean, newest_checkpoint, one_line,
+                            pretrained, probe, publish, read_json, read_records, record_episodes,
+                            rollout_metrics, saved_steps, summary, table, token_classes, truth_logprobs,
+                            verified, world_checksum, write_atomically)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
-from rollout import (STATES, TEMPLATES, Chat, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
+from rollout import (STATES, TEMPLATES, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
 from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0_first, sft_phase, shard,
                       shuffled_passes, world_size)
@@ -286,34 +287,23 @@ def say(text):
 def starting_point(args):
     """--model -> the folder or name to load"""
     if args.model == "tiny":
-        if json.loads((BASE / "recipe.json").read_text())["world"] != world_checksum():
+        if read_json(BASE / "recipe.json")["world"] != world_checksum():
             raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of this one "
                             "with python results/make_base.py.")
-        return str(BASE)
-    is_run = (Path(args.model) / "checkpoints" / "latest").exists()
-    return str(newest_checkpoint(args.model)) if is_run else args.model
+        return str(verified(BASE))
+    return str(newest_checkpoint(args.model) or verified(args.model))
 
 
 def load_model(name, args, device):
     """-> model, Chat"""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype))
-    except Exception as error:                   # every library below has its own exception types here
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load the model {name}: {reason}; check --model (a folder with config.json, "
-                        "weights and tokenizer, or a Hugging Face name that can be downloaded).") from error
-    if args.chat_template:
-        if args.chat_template not in TEMPLATES and not Path(args.chat_template).is_file():
-            raise UserError(f"--chat_template {args.chat_template} is no file, nor {' or '.join(TEMPLATES)}.")
-        tokenizer.chat_template = TEMPLATES.get(args.chat_template) or Path(args.chat_template).read_text()
+    model, chat = pretrained(name, getattr(torch, args.dtype), args.chat_template)
     if args.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if args.shard:
         shard(model, device, getattr(torch, args.compute_dtype))
     else:
         model.to(device)
-    return model, Chat(tokenizer)
+    return model, chat
 
 
 def make_engine(args, model, chat):
@@ -390,29 +380,6 @@ def limits_of(args, split="train"):
 #    `latest` is written after that, so a run killed at ANY moment leaves the previous checkpoint in force.
 
 
-def publish(path, write):
-    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, one atomic rename"""
-    path = Path(path)
-    tmp = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(tmp)
-    manifest = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(tmp.iterdir())}
-    (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-    for f in [*tmp.iterdir(), tmp]:
-        fd = os.open(f, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(tmp, path)
-
-
-def write_atomically(path, text):
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
 def save_checkpoint(run, step, alarm):
     """All ranks call it; rank 0 writes."""
     model, weights = run.model, None             # None: save_pretrained finds them itself
@@ -436,8 +403,7 @@ def save_checkpoint(run, step, alarm):
     folder = Path(run.args.out) / "checkpoints"
     publish(folder / f"step-{step}", write)
     write_atomically(folder / "latest", f"step-{step}")
-    steps = sorted((int(path.name[5:]) for path in folder.glob("step-*")), reverse=True)
-    for stale in steps[run.args.keep:] if run.args.keep > 0 else []:
+    for stale in saved_steps(run.args.out)[:-run.args.keep] if run.args.keep > 0 else []:
         shutil.rmtree(folder / f"step-{stale}")
 
 
@@ -458,28 +424,55 @@ def restore(run, checkpoint):
 
 # What may differ between a run and its resumption: nothing that changes what is trained.
 FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
-                  "judge_url", "kv_cache_gb", "wandb"}
+                  "kv_cache_gb", "wandb"}
 
 
 def run_config(args):
-    return {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    """The flags that a resumption must share; of those that name a file, the checksum of what is in it too"""
+    config = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    for name in ("chat_template", "sft_file"):
+        if config[name] and Path(config[name]).is_file():
+            config[name] += f" (checksum {checksum(config[name])})"
+    return config
 
 
 def check_run(args):
-    """Can the run folder be made, or continued? -> its checkpoint, or None. Writes nothing."""
+    """Can the run folder be made, or continued? -> its checkpoint, or None. Writes nothing but a lock."""
     out = Path(args.out)
     if not args.resume:
-        if out.exists():
+        begun = {path.name for path in out.glob("*")} - {"lock", "config.json.tmp"}  # those a kill can leave
+        if begun or out.is_file():
             raise UserError(f"the run folder {out} exists; continue it with --resume, or name another --out.")
         return None
     if not (out / "config.json").exists():
         raise UserError(f"there is no run in {out} to resume; drop --resume, or name its folder with --out.")
-    before, config = json.loads((out / "config.json").read_text()), run_config(args)
+    lock(out)
+    before, config = read_json(out / "config.json"), run_config(args)
     for name in sorted(config.keys() | before.keys()):
         if config.get(name) != before.get(name):
             raise UserError(f"the run in {out} was started with --{name} {before.get(name)}, not "
                             f"{config.get(name)}; resume it with the same flags, or start another --out.")
-    return str(newest_checkpoint(out)) if (out / "checkpoints" / "latest").exists() else None
+    return newest_checkpoint(out)
+
+
+def open_folder(run):
+    """Rank 0: makes the run folder, or takes away what a resumed run will do again"""
+    out, step = Path(run.args.out), run.progress.step
+    out.mkdir(parents=True, exist_ok=True)
+    if not run.args.resume:
+        lock(out)
+        check_run(run.args)                      # again: another process may have been faster
+    write_atomically(out / "config.json", json.dumps(run_config(run.args), indent=1))
+    kept = {}                                    # both are read before one is written: either may be damaged
+    for path in (out / "metrics.jsonl", out / "episodes.jsonl"):
+        kept[path] = [r for r in (read_records(path) if path.exists() else []) if r["step"] < step]
+    for path, records in kept.items():
+        if path.exists():
+            shutil.copy(path, f"{path}.old")     # should the step be the wrong one
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    folder = out / "checkpoints"
+    for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
+        shutil.rmtree(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -500,6 +493,8 @@ class Progress:
 def build(args, device):
     """Everything that the main loop needs. With --eval_only: prints the scores, -> None"""
     world = WORLDS[args.world](args)
+    if args.model != "tiny":                     # another run's newest checkpoint may move on: stay with this
+        args.model = rank0_first(lambda: starting_point(args))
     checkpoint = None if args.eval_only else rank0_first(lambda: check_run(args))
     start_from = starting_point(args)
     model, chat = load_model(start_from, args, device)
@@ -678,8 +673,7 @@ def train(run):
     look(run, len(schedule), len(schedule))
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def main(args):
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if args.engine == "vllm":
@@ -692,16 +686,10 @@ def main(argv=None):
     run = build(args, start_processes(args))
     if run is None:
         return
-    out = Path(args.out)
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "config.json", json.dumps(run_config(args), indent=1))
-        for path in (out / "metrics.jsonl", out / "episodes.jsonl"):
-            # Without the lines of steps that a resumed run will do again, and one that was cut in the middle.
-            kept = [r for r in (read_records(path) if path.exists() else []) if r["step"] < run.progress.step]
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        if args.wandb:
-            run.wandb = wandb.init(project=args.wandb, name=args.out, config=run_config(args))
+    rank0_first(lambda: open_folder(run))
+    out = args.out
+    if args.wandb and rank() == 0:
+        run.wandb = wandb.init(project=args.wandb, name=args.out, config=run_config(args))
     say(f"run folder: {out}, steps {run.progress.step} to {len(plan(args))}")
     train(run)
     if rank() == 0:
@@ -710,17 +698,24 @@ def main(argv=None):
 
 
 def cli(argv=None):
-    """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130"""
-    status, alone = 0, int(os.environ.get("WORLD_SIZE", 1)) == 1
+    """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130, SIGTERM as 143"""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    os_signal.signal(os_signal.SIGTERM, stop)
+    args, status, first = None, 0, os.environ.get("RANK", "0") == "0"
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
-        main(argv)
+        args = parse_args(argv)
+        main(args)
     except UserError as error:  # mostly all ranks fail alike: rank 0 says it, the others are dead then
-        time.sleep(0 if os.environ.get("RANK", "0") == "0" else 5)
+        time.sleep(0 if first else 5)
         print(f"train.py: error: {error}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
-        print("\ntrain.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as error:
+        begun = args and args.out and (Path(args.out) / "config.json").exists()
+        where = f"the same command with --resume continues {args.out}" if begun else "no run was begun"
+        print(f"\ntrain.py: stopped; {where}" if first else "", file=sys.stderr)
+        status = 128 + (error.args or [os_signal.SIGINT])[0]
     except Exception:
         if alone:
             raise

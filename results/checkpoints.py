@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 import train
-from analyze_tokens import RIGHT, SLOTS, mean, newest_checkpoint, probe, read_records, timeline
+from analyze_tokens import (RIGHT, SLOTS, mean, newest_checkpoint, pretrained, probe, read_json, read_records,
+                            timeline, verified)
 from rl_step import kl_penalty
 from rollout import (OPEN, Chat, Episode, HFEngine, begin, conversations_that_fit, demonstrate, is_clean,
                      rollout)
@@ -45,7 +45,7 @@ class Checkpoint:
         """-> the model that the run started from"""
         if not self.run:
             raise UserError("only a run folder tells which model it started from (config.json); name one.")
-        return weights(train.starting_point(self.args))
+        return on_device(pretrained(train.starting_point(self.args))[0])
 
 
 def load(path, world="tiny"):
@@ -54,24 +54,18 @@ def load(path, world="tiny"):
     for folder in (path, *path.parents[:2]):
         if run is None and (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
             run = folder
-    name = path
-    if path == run:
-        if not (path / "checkpoints" / "latest").exists():
-            raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
-        name = newest_checkpoint(path)
-    config = json.loads((run / "config.json").read_text()) if run else {}
+    name = newest_checkpoint(run) if path == run else path
+    if not name:
+        raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
+    config = read_json(run / "config.json") if run else {}
     args = train.parse_args(["--eval_only", "--world", config.get("world", world), "--model", str(path)])
     vars(args).update(config)                    # flags that are newer than the run keep their defaults
-    model = weights(name)
-    return Checkpoint(model, Chat(AutoTokenizer.from_pretrained(name)), args, run)
-
-
-def weights(path):
     hf_logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model {path}: {str(error).strip().splitlines()[0]}") from error
+    model, chat = pretrained(verified(name), template=args.chat_template)
+    return Checkpoint(on_device(model), chat, args, run)
+
+
+def on_device(model):
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

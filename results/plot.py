@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analyze_tokens import collapse, read_records, smooth  # noqa: E402
+from analyze_tokens import DAMAGE, collapse, read_records, smooth  # noqa: E402
 from rollout import STATES  # noqa: E402
 from tools import UserError  # noqa: E402
 
@@ -45,7 +45,7 @@ def draw(paths, png):
     fig.legend(*axes[1, 0].get_legend_handles_labels(), loc="lower center", ncol=len(STATES))
     fig.tight_layout(rect=(0, 0.03, 1, 1))
     fig.savefig(png, dpi=110)
-    plt.close(fig)
+    plt.close("all")
 
 
 def draw_run(column, records, name):
@@ -89,9 +89,11 @@ def main(argv=None):
         try:
             if not any("reward" in r for r in read_records(out)):
                 raise UserError(f"{out} has no RL steps to draw.")
+            _, trial = pyplot().subplots(4)      # a damaged run must not cost the others their picture
+            draw_run(trial, read_records(out), out)
             drawn.append(out)
-        except UserError as error:               # say it, and draw the other runs
-            print(f"plot.py: error: {error}", file=sys.stderr)
+        except (UserError, *DAMAGE) as error:    # say it, and draw the other runs
+            print(f"plot.py: error: {out}: {error}", file=sys.stderr)
             status = 2
     if drawn:
         draw(drawn, args.png)

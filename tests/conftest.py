@@ -21,6 +21,17 @@ TIMES = {"seconds", "rollout_s"}
 make_base.SIZES["for tests"] = dict(hidden=32, layers=2, steps=4, noisy_steps=1, lr=3e-3)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: an hour of kills; only with `python -m pytest tests -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; -m slow runs it"))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A folder with a small base (pre-trained for five steps...) and a first run, shared by all tests."""
