@@ -1,0 +1,146 @@
+"""results/story.py -- what breaks, why, what fixes it: README's runs, all from the shipped base.
+
+    python results/story.py                      run what is missing (2 to 3 minutes a run on one core, two at once)
+    python results/story.py --list               what there is to run, and what is done
+    python results/story.py --only lr1e-3 --seeds 0 1
+    python results/story.py --tables             README's tables again, from the packed records
+    python results/story.py --picture            results/story/story.png, likewise
+
+A recipe is named by what it adds to `python train.py --steps 60`. Runs live under runs/story/, go on where they
+were interrupted, and are packed into results/story/RECIPE-seedN.csv. (results/study: the first study, of 130
+runs, from another base.)
+"""
+import functools
+import json
+import re
+import sys
+
+from study import ROOT, Recipe, Study, jobs_of, parser          # first: it makes the files above importable
+from analyze_tokens import mean, read_records, smooth
+from plot import pyplot
+from study_tables import MALFORMED, code, falls, late, markdown, percent, spread
+
+DATA = ROOT / "results" / "story"
+COMMON = "--steps 60 --eval_every -1 --save_every 30 --keep 1 --threads 1"
+FINAL = "--eval_only --closing lenient --threads 1"
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Recipes
+FAST, SLOW = "--lr 1e-3", "--lr 2e-4"
+MASK, STRICT, SYNC = "--mask_control", "--closing strict", "--schedule synchronous"
+PHASES = "--schedule interleaved"
+RECIPES = {
+    # RL alone, and each supervision signal, at a rate where RL alone collapses
+    "lr1e-3": Recipe(FAST, 10),
+    "lr1e-3+ets": Recipe(f"{FAST} --signal ets {SYNC}", 10),
+    "lr1e-3+prs": Recipe(f"{FAST} --signal prs {SYNC}", 3),
+    "lr1e-3+sft": Recipe(f"{FAST} --signal sft {SYNC}", 3),
+    "lr1e-3+ets+phases": Recipe(f"{FAST} --signal ets {PHASES}", 3),
+    "lr1e-3+prs+phases": Recipe(f"{FAST} --signal prs {PHASES}", 3),
+    "lr1e-3+sft-first": Recipe(f"{FAST} --signal sft --schedule sft_then_rl", 3),
+    "lr1e-3+ops": Recipe(f"{FAST} --signal ops", 3),
+    "lr1e-3+hbg": Recipe(f"{FAST} --signal hbg", 3),
+    "sft": Recipe("--signal sft --schedule sft", 3),
+    # the spike and its switch, at a rate where RL alone holds: are control tokens pushed down where they were
+    # sampled in failed rollouts, and is an empty call worth a reply?
+    "lr2e-4": Recipe(SLOW, 5),
+    "lr2e-4+mask": Recipe(f"{SLOW} {MASK}", 5),
+    "lr2e-4+strict": Recipe(f"{SLOW} {STRICT}", 3),
+    "lr2e-4+mask+strict": Recipe(f"{SLOW} {MASK} {STRICT}", 5),
+    # the cures where the spike is
+    "lr2e-4+mask+ets": Recipe(f"{SLOW} {MASK} --signal ets {SYNC}", 5),
+    "lr2e-4+mask+prs": Recipe(f"{SLOW} {MASK} --signal prs {SYNC}", 3),
+    "lr2e-4+mask+sft": Recipe(f"{SLOW} {MASK} --signal sft {SYNC}", 3),
+    "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 3),
+    "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
+    "lr2e-4+mask+ets+alarm": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive", 3),
+    "lr2e-4+mask+ets+random": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive_random", 3),
+    "lr5e-4": Recipe("--lr 5e-4", 3),
+}
+STORY = Study(RECIPES, COMMON, FINAL, "runs/story", DATA)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Tables
+TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
+         "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
+PARTS = {                                        # table: its recipes, the base first
+    "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
+    "cures": [name for name in RECIPES if name.startswith("lr1e-3")] + ["sft"],
+    "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
+    "spike": [name for name in RECIPES if name.startswith("lr2e-4+mask") and "strict" not in name]}
+
+
+@functools.cache
+def runs(name):
+    """-> [records of each packed seed]"""
+    paths = [STORY.packed(name, seed) for seed in range(RECIPES[name].seeds)]
+    return [read_records(path) for path in paths if path.exists()]
+
+
+def recipe_table(names):
+    """One line per recipe: mean over seeds (lowest to highest seed). Reward, messages and P(open): the last 10
+    steps (P(open): the last probe); tests at the end"""
+    base = json.loads((DATA / "base.json").read_text())
+    rows = [["the base", *[None] * 5, *(f"{100 * base[score[6:]]:.0f}" for score in TESTS.values())]]
+    for name in [name for name in names if runs(name)]:
+        done, cells = runs(name), [code(name), len(runs(name))]
+        if late(done[0], "reward") is None:      # no RL in it
+            cells += ["–"] * 4
+        else:
+            cells += [falls(done, name="reward"), spread([late(r, "reward") for r in done]),
+                      percent([late(r, *MALFORMED) for r in done]),
+                      spread([late(r, "p/open|text", n=1) for r in done])]
+        rows.append(cells + [percent([late(r, score, n=1) for r in done]) for score in TESTS.values()])
+    return markdown("recipe | seeds | reward collapsed (step) | reward at the end | malformed messages, % | "
+                    "P(`<tool_call>` where text should begin) | " + " | ".join(TESTS), rows)
+
+
+def recipes_table():
+    rows = [[code(name), code(recipe.flags), len(runs(name))] for name, recipe in RECIPES.items()]
+    return markdown("recipe | flags | seeds", rows)
+
+
+TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
+TABLES["recipes"] = recipes_table
+PAGES = (ROOT / "README.md", DATA / "README.md")
+MARKED = re.compile(r"(?<=<!-- story: )(\S+) -->\n(.*?)(?=\n\n|\Z)", re.S)    # groups: its name, its lines
+
+
+def write():
+    for page in PAGES:
+        page.write_text(MARKED.sub(lambda m: f"{m[1]} -->\n{TABLES[m[1]]()}", page.read_text()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. The picture
+
+
+def picture(png):
+    """Collapse, cause and cure: every seed of two recipes, over the steps"""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. The command line
+
+
+def main(argv=None):
+    p = parser()
+    p.description = __doc__
+    p.add_argument("--picture", action="store_true", help="draw results/story/story.png again")
+    args = p.parse_args(argv)
+    jobs = jobs_of(STORY, args, p.error)
+    if args.tables:
+        write()
+    elif args.picture:
+        picture(DATA / "story.png")
+    elif args.list:
+        for name, seed in jobs:
+            state = "done   " if STORY.packed(name, seed).exists() else "missing"
+            print(state, "python train.py", *STORY.argv_of(name, seed))
+    else:
+        return STORY.run_all(jobs, args.parallel or 2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
