@@ -283,8 +283,8 @@ def starting_point(args):
     """--model -> the folder or name to load"""
     if args.model == "tiny":
         if json.loads((BASE / "recipe.json").read_text())["world"] != world_checksum():
-            raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of this one "
-                            "with python results/make_base.py.")
+            raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of "
+                            "this one with python results/make_base.py.")
         return str(BASE)
     is_run = (Path(args.model) / "checkpoints" / "latest").exists()
     return str(newest_checkpoint(args.model)) if is_run else args.model
