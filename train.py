@@ -288,8 +288,8 @@ def starting_point(args):
     """--model -> the folder or name to load"""
     if args.model == "tiny":
         if read_json(BASE / "recipe.json")["world"] != world_checksum():
-            raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of this one "
-                            "with python results/make_base.py.")
+            raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of "
+                            "this one with python results/make_base.py.")
         return str(verified(BASE))
     return str(newest_checkpoint(args.model) or verified(args.model))
 
