@@ -3,7 +3,9 @@ one."""
 import copy
 import json
 import pickle
+import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import fuzz
@@ -387,6 +389,30 @@ def test_prompts_are_the_template_rendering(chat):
         for syntax in "AB":
             rendered = chat._render(t.opening(syntax))
             assert chat.prompt(t.opening(syntax)) == chat._encode(rendered)
+
+
+def test_real_text_is_read_as_what_it_is(tmp_path, capsys):
+    """results/robustness/real_text.py, on an entry of each data set"""
+    sys.path.insert(0, str(Path(fuzz.ROOT, "results/robustness")))
+    import real_text
+    (tmp_path / "possible_answer").mkdir()
+    talk = 'user: The key "name": what is it?\nsystem: A label.\nsystem: [f(x=true)]\n'
+    ace, truth = {"id": "1", "question": talk}, {"id": "1", "ground_truth": {"f_1": {"x": 1}}}
+    toolace = {"system": 'Here are: [{"name": "Market Trends"}].', "conversations": [
+        {"from": "user", "value": "Trends?"}, {"from": "assistant", "value": '[Market Trends(kind="x")]'},
+        {"from": "tool", "value": "5"}, {"from": "assistant", "value": "Five."}]}
+    bfcl = {"question": [[{"role": "user", "content": "[f(x=1)]"}, {"role": "user", "content": "Hi"}]]}
+    for name, entry in (("data_normal_a.json", ace), ("possible_answer/data_normal_a.json", truth),
+                        ("t.json", [toolace]), ("b.json", bfcl)):
+        (tmp_path / name).write_text(json.dumps(entry))
+    real_text.main([str(tmp_path / name) for name in ("data_normal_a.json", "t.json", "b.json")])
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row for row in table if row[2] == "B"] == [
+        ["ACEBench", "brackets", "B", "1", "1 (100.00 %)"],          # true is no Python
+        ["ACEBench", "user", "B", "1", "0 (0.00 %)"], ["ACEBench", "assistant", "B", "1", "0 (0.00 %)"],
+        ["ACEBench", "calls", "B", "1", "0 (0.00 %)"], ["ToolACE", "user", "B", "1", "0 (0.00 %)"],
+        ["ToolACE", "assistant", "B", "1", "0 (0.00 %)"], ["ToolACE", "calls", "B", "1", "0 (0.00 %)"],
+        ["BFCL", "user", "B", "2", "1 (50.00 %)"]]
 
 
 def test_a_slice_of_the_fuzzer():
