@@ -88,7 +88,7 @@ def test_kl_over_training_without_a_kl_loss(moved, folder, capsys):
     assert "kl_start" in capsys.readouterr().out
     found = {r["step"]: r["kl_start"] for r in read_records(folder / moved / "kl.jsonl")}
     assert found[0] == pytest.approx(0, abs=1e-4) and found[2] > 0.01            # log p has four digits
-    start, values = AutoModelForCausalLM.from_pretrained(train.BASE), []
+    start, values = AutoModelForCausalLM.from_pretrained("runs/tiny-base"), []
     for record in [r for r in read_records(folder / moved / "episodes.jsonl") if r["step"] == 2]:
         with torch.no_grad():
             logp = torch.log_softmax(start(torch.tensor([record["ids"]])).logits[0], -1)
@@ -174,6 +174,7 @@ def called(monkeypatch):
         lines.append(argv)
         return train.cli(argv)
     monkeypatch.setattr(study.Study, "call", call)
+    monkeypatch.setattr(train.os_signal, "signal", lambda *handler: None)        # runs are threads here
     return lines
 
 

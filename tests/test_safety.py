@@ -29,8 +29,8 @@ from test_supervision import options
 from tools import UserError
 
 # A run of a second
-SMALL = ["--prompts", "2", "--group", "2", "--updates", "1", "--eval_tasks", "1", "--train_tasks", "6",
-         "--max_message_tokens", "12", "--max_messages", "16", "--probe_every", "1", "--reward", "random",
+SMALL = ["--model", "runs/tiny-base", "--prompts", "2", "--group", "2", "--updates", "1", "--eval_tasks", "1",
+         "--train_tasks", "6", "--max_message_tokens", "12", "--max_messages", "16", "--probe_every", "1", "--reward", "random",
          "--threads", "1"]
 ETS = ["--signal", "ets", "--schedule", "synchronous", "--ets_window", "2"]
 
@@ -683,8 +683,8 @@ TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 @pytest.mark.parametrize("text", [
     "x", "5", "[]", "{}", '{"messages": 5}', '{"messages": {}}', '{"messages": [5]}', '{"messages": ["a"]}',
     '{"messages": [{"role": "user"}]}', TALK.replace('"b"', "5"), TALK.replace('"b"', "null"),
-    TALK.replace('"b"', '["b"]'), TALK.replace('"b"', '{"text": "b"}'), TALK.replace('"b"', '"\\ud800"'),
-    TALK.replace('"a"', '"\\ud800"'), TALK.replace('"a"', '[{"type": "text", "text": "a"}]'),
+    TALK.replace('"b"', '["b"]'), TALK.replace('"b"', '{"text": "b"}'),
+    TALK.replace('"a"', '[{"type": "text", "text": "a"}]'),
     TALK.replace('"user"', '"tool"'), TALK.replace('"user"', "[]"), "[" * 100_000,
     TALK.encode("utf-16"), TALK.encode() + b"\xff", b"\x00\x01", TALK.replace("}]}", "")])
 def test_a_damaged_sft_file_is_one_sentence(chat, tmp_path, text):

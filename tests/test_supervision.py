@@ -207,7 +207,8 @@ def test_hint_is_sampled_with_and_trained_without(model, chat, task):
     assert e.logprobs[len(plain):] == before.logprobs[len(hinted):]
     log_ratio = (sum(before.logprobs) - own) / sum(e.mask)
     assert signal.metrics(trained) == {"hint_log_ratio": pytest.approx(log_ratio, abs=1e-4)}
-    assert abs(log_ratio) > 1e-3
+    ours = [abs(a - b) for a, b, m in zip(e.logprobs, e.logprobs_old, e.mask) if m]
+    assert max(ours) > 1e-3                      # the hint is heard
     # ablations: the hint stays; the authors' code knows no log p(token | hint)
     signal.args.as_released = True
     assert signal.metrics(trained) == {}

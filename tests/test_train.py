@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import torch.multiprocessing as mp
 from conftest import ROOT, RUN, rows
 from safetensors.torch import load_file
 from test_losses import close, episodes
+from transformers import AutoTokenizer
 
 import analyze_tokens
 import rl_step
@@ -635,7 +637,7 @@ def test_two_processes_start_from_the_shipped_base(tmp_path):
 def test_the_shipped_base_fits_the_world():
     """Its tokenizer is the one that make_base.py makes of today's texts, and every word of a task is a
     token; its file stays small."""
-    shipped = train.AutoTokenizer.from_pretrained(train.BASE)
+    shipped = AutoTokenizer.from_pretrained(train.BASE)
     made = make_base.tiny_tokenizer()
     assert shipped.get_vocab() == made.get_vocab() and shipped.chat_template == made.chat_template
     assert (train.BASE / "model.safetensors").stat().st_size < 3_000_000
