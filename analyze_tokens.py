@@ -545,12 +545,12 @@ def main(argv=None):
              "spike": "control-token probabilities where messages begin, on the own rollouts of the starting "
              "model and of the newest checkpoint, and the KL between them",
              "kl": "KL to the starting model over training, from the recorded rollouts; writes RUN/kl.jsonl",
-             "tokens": "one recorded conversation (else ground truth), token by token, coloured by the "
-             "probability of <tool_call> and of the end token there, before and after"}
+             "tokens": "one conversation, token by token, coloured by the probability of <tool_call> and of the "
+             "end token there, before and after: ground truth, or --step's recorded one"}
     for view, help in views.items():
         p.add_argument(f"--{view}", action="store_const", const=view, dest="view", help=help)
     p.add_argument("--html", metavar="FILE", help="--tokens: as a self-contained page, not in the terminal")
-    p.add_argument("--step", type=int, help="--tokens: of this step; default: the last recorded one")
+    p.add_argument("--step", type=int, help="--tokens: a rollout that was recorded at this step")
     p.add_argument("--tasks", type=int, default=10, help="--probe, --spike: test tasks per category")
     p.add_argument("--world", choices=WORLDS, default="tiny", help="of a folder that belongs to no run")
     args, status = p.parse_args(argv), 0

@@ -295,14 +295,14 @@ def tokens_text(path, how):
 
 
 def conversation(found, how):
-    """-> a title, and the Episode: of a run the step's recorded rollout with most malformed messages; of a
-    folder that is no run the ground truth of a test task"""
-    if not found.run:
+    """-> a title, and the Episode: the ground truth of a test task; with --step of that step's recorded
+    rollouts the one with most malformed messages"""
+    if how.step is None:
         world = world_of(found, 1)
         return f"{world.test[0].id}, ground truth", world.truths(world.test[:1])[0]
-    records = recorded(found)
-    step = records[-1]["step"] if how.step is None else how.step
-    records = [record for record in records if record["step"] == step]
+    if not found.run:
+        raise UserError(f"--step {how.step} is of a run's recorded rollouts, and {how.runs[0]} is no run.")
+    step, records = how.step, [record for record in recorded(found) if record["step"] == how.step]
     if not records:
         raise UserError(f"--step {step} has no recorded rollout; see {found.run / 'episodes.jsonl'}.")
     worst = max(records, key=lambda r: mean(not is_clean([s]) for s in r["states"]))
@@ -341,7 +341,21 @@ def terminal(chat, row, messages):
                 shown = found[t].text.replace("\n", "\\n")
                 line += "\033[30;48;2;{};{};{}m".format(*colour(found[t])) + f"{shown}\033[0m"
             lines.append(line)
+        lines += misplaced(messages, span)
     return "\n".join(lines)
+
+
+def misplaced(messages, span):
+    """-> lines such as "      P(<tool_call>) 0.05 -> 0.48 in the place of 'Done'": wherever one of the two became
+    likely, and another token is right"""
+    before, after = next(iter(messages.values())), messages["now"]
+    lines = []
+    for t in range(span.start, span.end):
+        for token, name in ((OPEN, "open"), ("<|im_end|>", "end")):
+            first, last = getattr(before[t], name), getattr(after[t], name)
+            if after[t].text != token and last >= 0.25 and last > 2 * first:
+                lines.append(f"      P({token}) {first:.2g} -> {last:.2g} in the place of {after[t].text!r}")
+    return lines
 
 
 STYLE = """body { font: 14px/1.7 monospace; margin: 2em; max-width: 72em }

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from analyze_tokens import main, mean, read_records, summary, timeline
-from rollout import STATES, Episode, play
+from rollout import STATES, Episode, Span, play
 from tools import UserError, make_tasks
 
 # --- recorded rollouts, and places in them -----------------------------------------------------------------
@@ -115,6 +115,8 @@ def test_spike_before_and_after(moved, capsys):
 
 def test_tokens_in_the_terminal_and_as_a_page(moved, folder, capsys):
     assert main(["--tokens", moved]) == 0
+    assert "-test-0-0, ground truth" in capsys.readouterr().out
+    assert main(["--tokens", moved, "--step", "2"]) == 0
     text = capsys.readouterr().out
     assert text.splitlines()[2].startswith("step 2: ") and "\033[30;48;2;" in text
     said = lambda who: [re.sub(r"\033\[[\d;]*m", "", line).split("]  ", 1)[1]
@@ -130,6 +132,18 @@ def test_tokens_in_the_terminal_and_as_a_page(moved, folder, capsys):
     assert "ground truth" in truth and "now [call]" in truth and "start [call]" not in truth
     assert main(["--tokens", moved, "--step", "9"]) == 2
     assert "--step 9 has no recorded rollout" in capsys.readouterr().err
+    assert main(["--tokens", str(train.BASE), "--step", "0"]) == 2
+    assert "is no run" in capsys.readouterr().err
+
+
+def test_where_a_control_token_became_likely():
+    """Likely now, not before, and another token is right"""
+    start = {5: Cell("Done", -1, .28, 0), 6: Cell(".", -1, .6, 0), 7: Cell("<|im_end|>", -1, 0, .1)}
+    now = {5: Cell("Done", -1, .85, 0), 6: Cell(".", -1, .9, .26), 7: Cell("<|im_end|>", -1, 0, .9)}
+    assert checkpoints.misplaced({"start": start, "now": now}, Span(5, 8, "model", 0)) == [
+        "      P(<tool_call>) 0.28 -> 0.85 in the place of 'Done'",
+        "      P(<|im_end|>) 0 -> 0.26 in the place of '.'"]
+    assert checkpoints.misplaced({"now": now}, Span(5, 8, "model", 0)) == []     # one model: nothing became
 
 
 def test_colours_by_hand():

@@ -95,7 +95,7 @@ def die_at(n):
         with builtins.open(path, "w") as f:
             f.write(text[:len(text) // 2])
 
-    def half_a_line(path, record):
+    def half_a_line(path, record, wandb=None):
         with builtins.open(path, "a") as f:
             f.write('{"step": 1, "rew')
 
