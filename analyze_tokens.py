@@ -433,6 +433,9 @@ def summary(out):
                         "complete call ends the turn.")
     elif any("reward" in r for r in records):
         text.append("\nNo collapse: neither reward nor clean reward fell below a tenth of its peak for good.")
+        first, last = (evals[0]["eval/average"], evals[-1]["eval/average"]) if evals else (0, 0)
+        if last < 0.8 * first:
+            text.append(f"But the test tasks fell from {first:.0%} to {last:.0%}.")
     if skipped := sum(r.get("skipped_updates", 0) for r in records):
         text.append(f"{skipped} update(s) were skipped because a loss or gradient was not finite.")
     probes = [r for r in records if "p/open|text" in r]

@@ -54,7 +54,7 @@ FLAGS = {
     "recipe": [
         ("signal", "none", SIGNALS, "supervision beside the reward (supervision.py); none = vanilla GRPO"),
         ("schedule", "rl", SCHEDULES, "when which update runs (see `plan`); an SFT phase is ONE step"),
-        ("steps", 100, 0, "RL steps"),
+        ("steps", 60, 0, "RL steps"),
         ("sft_epochs", 0, 0, "passes over the rows in an SFT phase; 0 = the paper's: 3, between RL phases 2"),
         ("seed", 0, 0, "seed of the task order and of all sampling")],
     "schedules interleaved, synchronous, adaptive": [
@@ -115,18 +115,18 @@ FLAGS = {
         ("kl_weight", 0.0, 0, "0 = no reference model at all (the paper: 1e-4)"),
         ("correction", 0.0, 0, "weigh tokens by min(CORRECTION, p trainer / p sampler); 2 is usual")],
     "optimizer": [
-        ("lr", 5e-4, 0, "learning rate of RL updates (the paper, 1.5 B: 1e-6)"),
+        ("lr", 1e-3, 0, "learning rate of RL updates: one at which RL alone collapses; 2e-4 holds"),
         ("sft_lr", 5e-4, 0, "learning rate of SFT updates (the paper: 1e-5 or 1e-6)"),
-        ("sft_batch", 160, 1, "assistant messages per SFT update, in whole conversations (the paper: 128)"),
+        ("sft_batch", 60, 1, "assistant messages per SFT update, in whole conversations (the paper: 128)"),
         ("warmup", 5, 1, "steps of linear warm-up; the first one has lr / warmup, not 0"),
         ("micro_tokens", 0, 0, "tokens per forward pass: memory and speed, never the result; 0 = by device")],
     "run": [
         ("out", None, None, "run folder; default runs/SIGNAL-SCHEDULE-CLOSING-seedN"),
         ("resume", False, None, "continue the run in --out from its newest checkpoint"),
         ("eval_only", False, None, "evaluate --model and stop; writes eval.json only if --out is given"),
-        ("eval_every", 25, -1, "evaluate every so many steps (-1 = only first and last)"),
+        ("eval_every", 30, -1, "evaluate every so many steps (-1 = only first and last)"),
         ("probe_every", 5, -1, "measure the control tokens' probabilities every so many steps (-1 = never)"),
-        ("save_every", 25, -1, "checkpoint every so many steps (-1 = only the last)"),
+        ("save_every", 30, -1, "checkpoint every so many steps (-1 = only the last)"),
         ("keep", 2, -1, "newest checkpoints kept (-1 = all)"),
         ("wandb", None, None, "a project at Weights & Biases that gets the lines of metrics.jsonl, too"),
         ("threads", -1, -1, "CPU threads per process (-1 = PyTorch's choice; with vllm on a CPU, 1)")]}
@@ -694,7 +694,8 @@ def main(args):
     train(run)
     if rank() == 0:
         say(f"\n{summary(out)}\n\n{out}/metrics.jsonl: a line per step; episodes.jsonl: conversations; "
-            f"checkpoints/: Hugging Face format.\npython analyze_tokens.py {out}: all this over time")
+            f"checkpoints/: Hugging Face format.\npython analyze_tokens.py {out}: all this over time; with "
+            "--tokens: where the control tokens have become likely")
 
 
 def cli(argv=None):

@@ -45,7 +45,7 @@ METHODS = {
     "prs-synchronous": "--signal prs --schedule synchronous",
 }
 RATES = {                                        # recipe -> flag -> further values of it, by world
-    "grpo": ("lr", {"tiny": ("2e-4", "1e-3"), "bfcl": ("3e-6", "1e-5")}),
+    "grpo": ("lr", {"tiny": ("2e-4", "5e-4"), "bfcl": ("3e-6", "1e-5")}),
     "ets-interleaved": ("sft_lr", {"tiny": ("5e-5", "2e-3"), "bfcl": ("1e-6",)}),
 }
 # The paper's averages, Qwen2.5-1.5B-Instruct on BFCL-V3 multi-turn, %. *: from a single third-party note.
