@@ -17,7 +17,8 @@ import sys
 
 from study import ROOT, Recipe, Study, jobs_of, parser          # first: it makes the files above importable
 from analyze_tokens import mean, read_records, smooth
-from plot import pyplot
+from plot import FILLS, pyplot
+from rollout import STATES
 from study_tables import MALFORMED, code, falls, late, markdown, percent, spread
 
 DATA = ROOT / "results" / "story"
@@ -116,8 +117,67 @@ def write():
 # 3. The picture
 
 
+ALONE, CURED = "lr1e-3", "lr1e-3+ets"
+RED, BLUE = "#b2182b", "#1b5e9b"
+
+
 def picture(png):
-    """Collapse, cause and cure: every seed of two recipes, over the steps"""
+    """Collapse, cause, cure: the reward of every seed; one run's messages and tokens; the tests at the end"""
+    fig, axes = pyplot().subplots(1, 3, figsize=(11, 3), width_ratios=[1, 1, 0.9])
+    rewards(axes[0])
+    messages(axes[1], runs(ALONE)[0])
+    tests(axes[2])
+    fig.tight_layout()
+    fig.savefig(png, dpi=130, facecolor="white")         # readable on a dark page too
+
+
+def rewards(ax):
+    for name, colour, dashes, label in ((ALONE, RED, "-", "RL alone"), (CURED, BLUE, "--", "RL + ETS, same update")):
+        done = [smooth(records, "reward") for records in runs(name)]
+        for steps, values in done:
+            ax.plot(steps, values, dashes, color=colour, lw=0.6, alpha=0.6)
+        middle = [mean(values) for values in zip(*(values for _, values in done))]
+        ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=f"{label} ({len(done)} seeds, mean bold)")
+    ax.set_title("It collapses, abruptly; supervision holds")
+    ax.set_xlabel("step (learning rate 1e-3)")
+    ax.set_ylabel("reward, mean of 5 steps")
+    ax.set_ylim(0, 1.05)
+    ax.legend(loc="upper left")
+
+
+def messages(ax, records):
+    """Shares of the messages' states, stacked; over them the two control tokens where they are wrong"""
+    rolled = [r for r in records if "reward" in r]
+    shares = [[r[f"state/{state}"] for r in rolled] for state in STATES]
+    colours, hatches = zip(*(FILLS[state] for state in STATES))
+    ax.stackplot([r["step"] for r in rolled], shares, labels=STATES, colors=colours, hatch=hatches, alpha=0.75,
+                 edgecolor="white", lw=0.2)
+    for column, style, label in (("p/open|text", "k-o", "p(<tool_call>) where text should begin"),
+                                 ("p/end|open", "k--s", "p(<|im_end|>) right after <tool_call>")):
+        ax.plot(*smooth(records, column, 1), style, ms=3, lw=1.4, label=label)
+    ax.set_ylim(0, 1)
+    ax.set_xlim(0, rolled[-1]["step"])
+    ax.set_title("Two control tokens rise where they are wrong\n(RL alone, seed 0: messages, and probabilities)")
+    ax.set_xlabel("step")
+    ax.legend(loc="upper right", ncol=2, fontsize=6, frameon=True)
+
+
+def tests(ax):
+    base = json.loads((DATA / "base.json").read_text())
+    for k, (label, colour, hatch) in enumerate((("base", "#bbbbbb", ""), ("RL alone", RED, "xx"),
+                                                ("RL + ETS", BLUE, "///"))):
+        for x, score in enumerate(TESTS.values()):
+            values = [100 * base[score.removeprefix("final/")]]
+            if label != "base":
+                values = [100 * late(records, score, n=1) for records in runs(ALONE if k == 1 else CURED)]
+            middle = mean(values)
+            ax.bar(x + 0.27 * (k - 1), middle, 0.25, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
+                   yerr=[[middle - min(values)], [max(values) - middle]], capsize=2, error_kw={"lw": 0.8},
+                   label=label if x == 0 else None)
+    ax.set_xticks(range(len(TESTS)), ["test tasks", "other syntax", "new tools"])
+    ax.set_title("At the end (whiskers: lowest, highest seed)")
+    ax.set_ylabel("solved with clean messages, %, greedy")
+    ax.legend(loc="upper right")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,18 +1,17 @@
-"""results/study.py -- every run behind README's "What we found": one command, resumable.
+"""results/study.py -- runs of train.py, trained, evaluated and packed alike: what all studies share.
 
-    python results/study.py                      run what is missing (hours on two cores), and pack it
-    python results/study.py --list               what there is to run, and what is done
-    python results/study.py --only none ets      some recipes
-    python results/study.py --tables             the tables of the two READMEs again, from the packed records
-    python results/study.py --pictures           results/study/*.png, likewise
+    python results/story.py                      README's runs: collapse, cause, cure
     python results/study.py --paper              the paper's comparison, here or on real data: study_paper.py
+    python results/study.py --list               the first study: its command lines
+    python results/study.py --tables             ... its tables again, from the packed records
+    python results/study.py --pictures           ... and results/study/*.png
 
-Each run is one `train.py` command line: COMMON plus a recipe's flags plus --seed. Runs live under runs/study/
-and go on where they were interrupted. A finished run is evaluated once more, under the same rule whatever it
-was trained with (columns final/*); then its records are packed into results/study/RECIPE-seedN.csv: all
-steps, rounded to four digits, without the columns that no table or picture uses.
+A study is a list of recipes; each run is one `train.py` command line: common flags, the recipe's, --seed. Runs go
+on where they were interrupted. A finished run is evaluated once more, under the same rule whatever it was
+trained with (columns final/*); then its records are packed into a CSV: all steps, rounded to four digits,
+without the columns that no table or picture uses.
 
-Tables: study_tables.py. Pictures: study_pictures.py.
+The first study (130 runs) is closed: its base is not the one that ships now, so nothing can be added to it.
 """
 import argparse
 import csv
@@ -150,14 +149,15 @@ class Study:
         return status
 
     def evaluate_base(self):
-        """The model that every run starts from; train.py makes the laptop's at its first use -> status"""
-        scores, out, status = self.data / "base.json", f"{self.runs}/base", 0
-        if not (train.BASE.exists() and scores.exists()):
-            status = self.evaluate(out)
-        if status == 0 and not scores.exists():
-            scores.parent.mkdir(parents=True, exist_ok=True)
-            scores.write_text(json.dumps(closing_scores(out), indent=1))
-        return status
+        """The scores of the model that every run starts from -> status"""
+        scores, out = self.data / "base.json", f"{self.runs}/base"
+        if scores.exists():
+            return 0
+        if status := self.evaluate(out):
+            return status
+        scores.parent.mkdir(parents=True, exist_ok=True)
+        scores.write_text(json.dumps(closing_scores(out), indent=1))
+        return 0
 
     def run_one(self, name, seed):
         """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
@@ -174,8 +174,8 @@ class Study:
 
     def run_all(self, jobs, parallel):
         """-> exit status"""
-        if self.evaluate_base():                 # first: two runs at once must not both make it
-            sys.exit(f"the base model cannot be made or evaluated; see {self.runs}/base.log")
+        if self.evaluate_base():
+            sys.exit(f"the base model cannot be evaluated; see {self.runs}/base.log")
         with ThreadPoolExecutor(parallel) as pool:
             ended = pool.map(lambda job: self.run_one(*job), jobs)
             done = list(tqdm(ended, total=len(jobs), desc="study"))
@@ -259,7 +259,6 @@ def main(argv=None):
     p = parser()
     p.add_argument("--pictures", action="store_true", help="draw results/study/*.png again")
     args = p.parse_args(argv)
-    jobs = jobs_of(STUDY, args, p.error)
     if args.tables:
         from study_tables import write
         write()
@@ -267,11 +266,11 @@ def main(argv=None):
         from study_pictures import pictures
         pictures()
     elif args.list:
-        for name, seed in jobs:
-            state = "done   " if STUDY.packed(name, seed).exists() else "missing"
-            print(state, "python train.py", *STUDY.argv_of(name, seed))
+        for name, seed in jobs_of(STUDY, args, p.error):
+            print("python train.py", *STUDY.argv_of(name, seed))
     else:
-        return STUDY.run_all(jobs, args.parallel or 2)
+        p.error("the first study is closed, for its base is gone (git checkout d7c520a makes it again); "
+                "README's runs: python results/story.py; the paper's comparison: --paper")
 
 
 if __name__ == "__main__":

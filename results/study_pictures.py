@@ -1,4 +1,4 @@
-"""results/study_pictures.py -- the READMEs' pictures, from the packed records of study.py.
+"""results/study_pictures.py -- the pictures of the first study, from its packed records.
 
     python results/study.py --pictures           draws results/study/*.png, all but first.png (see plot.py)
 """

@@ -1,6 +1,6 @@
-"""results/study_tables.py -- the READMEs' measured tables, from the packed records of study.py.
+"""results/study_tables.py -- the tables of the first study, from its packed records.
 
-    python results/study.py --tables             write them into the two pages, behind their marks:
+    python results/study.py --tables             write them into results/study/README.md, behind their marks:
 
     <!-- study: phase -->
     | learning rate | closing | collapsed (step) | ...
@@ -24,7 +24,7 @@ import train
 from analyze_tokens import Alarm, collapse, mean, read_records, smooth
 from rl_step import PRESSURES
 from rollout import STATES, is_clean
-from study import DATA, FAST, RECIPES, ROOT, STUDY
+from study import DATA, FAST, RECIPES, STUDY
 
 MAIN = ("none", "strict", "sft", "sft_then_rl", "ops", "hbg", "hbg_hint_kept", "ets", "ets_sft_lr5e-5",
         "ets_sft_lr2e-3", "prs", "ets_more_rows", "adaptive", "random_time", "ets_sync")
@@ -368,7 +368,7 @@ TABLES = {"recipes": recipes_table, "crossing": crossing_table, "story": story_t
           "autopsy_short": functools.partial(autopsy_table, short=True),
           "main": functools.partial(recipe_table, MAIN), "slow": functools.partial(recipe_table, SLOWS),
           "causes": functools.partial(recipe_table, CAUSES, with_base=False)}
-PAGES = (ROOT / "README.md", DATA / "README.md")
+PAGES = (DATA / "README.md",)
 MARKED = re.compile(r"(?<=<!-- study: )(\S+) -->\n(.*?)(?=\n\n|\Z)", re.S)    # groups: its name, its lines
 
 

@@ -1,4 +1,4 @@
-"""README's measured tables are recomputed from the raw records under results/."""
+"""The measured tables of the pages are recomputed from the raw records under results/."""
 import re
 
 import pytest
