@@ -548,8 +548,8 @@ def main(argv=None):
              "spike": "control-token probabilities where messages begin, on the own rollouts of the starting "
              "model and of the newest checkpoint, and the KL between them",
              "kl": "KL to the starting model over training, from the recorded rollouts; writes RUN/kl.jsonl",
-             "tokens": "one conversation, token by token, coloured by the probability of <tool_call> and of the "
-             "end token there, before and after: ground truth, or --step's recorded one"}
+             "tokens": "one conversation, token by token, coloured by the probability of <tool_call> and of "
+             "the end token there, before and after: ground truth, or --step's recorded one"}
     for view, help in views.items():
         p.add_argument(f"--{view}", action="store_const", const=view, dest="view", help=help)
     p.add_argument("--html", metavar="FILE", help="--tokens: as a self-contained page, not in the terminal")

@@ -214,7 +214,7 @@ class Episode:
     logprobs_old: list | None = None             # p_old of the ratio (rl_step.set_old_logprobs)
     spans: list = field(default_factory=list)
     reward: float = 0.0
-    status: str = ""  # finished | format_error | message_limit | step_limit | length_limit
+    status: str = ""                             # finished | format_error | one of Limits
     failed_turn: int | None = None
     weight: float = 1.0  # of its cross-entropy, where it is trained as a demonstration
 
@@ -243,10 +243,11 @@ class Episode:
 
 @dataclass
 class Limits:
-    steps: int = 30                              # model messages per episode        -> step_limit
-    message: int = 2048                          # tokens per model message          -> message_limit
-    total: int = 16384                           # tokens per episode                -> length_limit
-    observation: int = 1024  # of a longer tool result, the LAST tokens are kept (the paper)
+    """train.py's --max_messages, ...; an episode that reaches one ends with that status"""
+    messages: int = 30                           # of the model, per episode         -> messages_limit
+    message_tokens: int = 2048                   # per message of the model          -> message_tokens_limit
+    total_tokens: int = 16384                    # per episode                       -> total_tokens_limit
+    observation_tokens: int = 1024               # of a longer tool result, the LAST are kept (the paper)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -653,13 +654,13 @@ def rollout(engine, chat, envs, limits, episodes, seed=(0,), temperature=1.0):
     pace: as soon as its message has ended, the environment answers and the next one begins."""
     def next_message(i):
         e = episodes[i]
-        room = min(limits.message, limits.total - len(e.ids))
+        room = min(limits.message_tokens, limits.total_tokens - len(e.ids))
         engine.add(Request(i, e.ids + chat.sampler_only, room, (*seed, e.group_id, e.sample, len(e.states)),
                            hidden=len(chat.sampler_only)))
 
     engine.reset(temperature)
     for i, e in enumerate(episodes):
-        assert len(e.ids) < limits.total, f"{e.task_id}: the prompt fills limits.total = {limits.total}"
+        assert len(e.ids) < limits.total_tokens, f"the prompt of {e.task_id} fills {limits}"
         next_message(i)
     while any(env.status is None for env in envs):
         for said in engine.collect():
@@ -707,16 +708,16 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     ended, turn = ids[-1] in chat.stop_ids, env.turn
     message = parse(chat.text(text_ids), env.syntax, ended)
     episode.append(ids, "model", turn, logprobs, message.text, message.state)
-    if not ended and len(episode.ids) >= limits.total:
-        env.stop("length_limit")
+    if not ended and len(episode.ids) >= limits.total_tokens:
+        env.stop("total_tokens_limit")
     elif (answer := env.step(message)) is not None:
-        answer = answer[-64 * limits.observation:]  # to encode 4.6 MB takes 15 s, and only the end is kept
+        answer = answer[-64 * limits.observation_tokens:]            # to encode 4.6 MB takes 15 s
         added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template's; nobody sampled it
-        ids = added_end + chat.observation(answer, limits.observation)
-        if len(episode.ids) + len(ids) >= limits.total:
-            env.stop("length_limit")
-        elif len(episode.states) >= limits.steps:
-            env.stop("step_limit")
+        ids = added_end + chat.observation(answer, limits.observation_tokens)
+        if len(episode.ids) + len(ids) >= limits.total_tokens:
+            env.stop("total_tokens_limit")
+        elif len(episode.states) >= limits.messages:
+            env.stop("messages_limit")
         else:
             episode.append(ids, "tool" if env.turn == turn else "user", env.turn, text=answer)
     episode.reward, episode.failed_turn, episode.status = env.grade(), env.failed_turn, env.status

@@ -109,9 +109,9 @@ class SFT(Signal):
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise UserError(f"--sft_file {path} cannot be read (line {len(rows) + 1}: {error!r}); it must be "
                             "JSON lines of messages, as results/toolace.py writes them.") from error
-        fitting = [row for row in rows if len(row.ids) <= self.limits.total]
+        fitting = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.note = (f"{path}: {len(fitting)} dialogues; left out: {len(rows) - len(fitting)} longer than "
-                     f"--max_total_tokens {self.limits.total}")
+                     f"--max_total_tokens {self.limits.total_tokens}")
         if not fitting:
             raise UserError(f"--sft_file has no usable row. {self.note}.")
         return fitting
@@ -258,7 +258,7 @@ class PRS(ETS):
             if answer:
                 talk = [{"role": "user", "content": r.prompt}, {"role": "assistant", "content": answer}]
                 rows.append(dialogue_row(self.chat, f"{r.kind}:{r.task_id}", talk))
-        rows = [row for row in rows if len(row.ids) <= self.limits.total]
+        rows = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.left_out = len(self.reflections) - len(rows)
         return super().rows() + rows
 

@@ -236,7 +236,7 @@ class Env:
         """Message -> the text of the next user-role message, or None when the episode is over."""
         assert self.status is None, "step() after the end of the episode"
         if message.state == "cut":
-            return self.stop("message_limit")
+            return self.stop("message_tokens_limit")
         if self.closing == "strict" and message.state in ("polluted", "collapsed", "empty"):
             self._fail()
             return self.stop("format_error")

@@ -545,9 +545,9 @@ def build(args, device):
 def refuse_long_prompts(chat, limits, *sets):
     for task, syntax in [pair for pairs in sets for pair in pairs]:
         length = len(chat.prompt(task.opening(syntax)))
-        if length >= limits.total:
+        if length >= limits.total_tokens:
             raise UserError(f"the prompt of {task.id} has {length} tokens: no room for an answer within "
-                            f"{limits.total}; raise --max_total_tokens, or --test_total_tokens.")
+                            f"{limits.total_tokens}; raise --max_total_tokens, or --test_total_tokens.")
 
 
 def look(run, step, last):

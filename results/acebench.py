@@ -53,7 +53,7 @@ class AceEnv(Env):
 
     def step(self, message):
         if message.state == "cut":
-            return self.stop("message_limit")
+            return self.stop("message_tokens_limit")
         if not any(ace_solved(message.calls, answer, self.task.required) for answer in self.task.init):
             self._fail()
         return self.stop("finished")

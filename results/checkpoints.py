@@ -87,7 +87,7 @@ class World:
 
     def play(self, model, syntax=None, temperature=0.0, rule=None):
         """-> the test tasks as Episodes"""
-        engine, envs = HFEngine(model, self.chat.stop_ids, self.slots, self.limits.total), []
+        engine, envs = HFEngine(model, self.chat.stop_ids, self.slots, self.limits.total_tokens), []
         engine.rule = rule
         for task in self.test:
             envs.append(task.env(syntax or self.syntax, self.closing))
@@ -100,7 +100,7 @@ class World:
 
     def truths(self, tasks, syntax=None):
         """-> the ground truth of the tasks as Episodes, whole: nothing is sampled, so no limit need cut it"""
-        wide = replace(self.limits, steps=10**3, total=10**6)
+        wide = replace(self.limits, messages=10**3, total_tokens=10**6)
         return [demonstrate(self.chat, task, syntax or self.syntax, wide) for task in tasks]
 
 

@@ -192,7 +192,7 @@ def our_rl(sizes, job, variant):
     from rollout import Chat, Limits, begin, rollout
     model, optimizer, tokenizer, texts, args = ours(sizes, job)
     (prompt, messages, message, _), chat, texts = sizes.shapes[variant], Chat(tokenizer), texts[variant]
-    limits = Limits(message=message, total=args.max_total_tokens)
+    limits = Limits(message_tokens=message, total_tokens=args.max_total_tokens)
     signal = train.SIGNALS["none"](args, chat, [], limits)
     # Messages of exactly so many tokens: the end token cannot be sampled, on TRL's side neither.
     engine = train.make_engine(args, model, chat)

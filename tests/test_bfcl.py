@@ -202,7 +202,7 @@ def test_one_execution_in_training_evaluation_and_replay(small_model):
         k = next(t for t, turn in enumerate(task.turns) if turn.reveal)
         early = [call for call in task.turns[k].calls if call[0] in task.turns[k].reveal]
         script[k - 1] = [write_calls(early[:1]), "I cannot."]
-        episode = play(chat, task.env(), script, Limits(total=10**6))
+        episode = play(chat, task.env(), script, Limits(total_tokens=10**6))
         messages = [parse(span.text) for span in episode.spans if span.who == "model"]
         decoded = []
         for turn in script:
@@ -570,7 +570,7 @@ def test_without_validation_all_stories_are_trained(small_model, tmp_path, monke
     used, real = [], train.rollout
 
     def spy(engine, chat, envs, limits, begun, *args, **kw):
-        used.append((limits.total, limits.observation, len(envs)))
+        used.append((limits.total_tokens, limits.observation_tokens, len(envs)))
         return real(engine, chat, envs, limits, begun, *args, **kw)
     monkeypatch.setattr(train, "rollout", spy)
     assert train.cli([*RUN, "--model", str(small_model[0]), "--validation", "0", "--signal", "sft",
@@ -637,7 +637,7 @@ def test_acebench_rules(ace_folder, syntax):
         assert ace_grade(first, said, syntax) == (0, "finished"), said
     cut = first.env(syntax)
     assert cut.step(parse(write_calls([right], syntax), syntax, ended=False)) is None
-    assert (cut.grade(), cut.status) == (0, "message_limit")
+    assert (cut.grade(), cut.status) == (0, "message_tokens_limit")
     rome, oslo = ("weather", {"city": "Rome"}), ("weather", {"city": "Oslo"})
     assert ace_grade(second, [oslo, rome], syntax)[0] == 1 and ace_grade(second, [oslo, oslo], syntax)[0] == 0
 
@@ -829,7 +829,7 @@ def test_toolace_becomes_rows(toolace_file, tmp_path, chat):
     path = tmp_path / "dialogues.jsonl"
     assert toolace.main([str(toolace_file), "--out", str(path)]) == 0 and path.read_text() == done.stdout
     flags = ["--signal", "sft", "--schedule", "sft", "--sft_file", str(path), "--max_total_tokens", "4000"]
-    signal = supervision.SFT(train.parse_args(flags), chat, [], Limits(total=4000))
+    signal = supervision.SFT(train.parse_args(flags), chat, [], Limits(total_tokens=4000))
     row, _ = signal.rows()
     trained = chat.text([i for i, trained in zip(row.ids, row.mask) if trained])
     assert trained == dialogues[0][2]["content"] + "<|im_end|>They rise.<|im_end|>"
@@ -837,7 +837,7 @@ def test_toolace_becomes_rows(toolace_file, tmp_path, chat):
     assert chat.text(row.ids) + "\n" == whole
     assert "2 dialogues" in signal.note and "left out: 0" in signal.note
     with pytest.raises(UserError, match="no usable row"):
-        supervision.SFT(train.parse_args(flags), chat, [], Limits(total=10))
+        supervision.SFT(train.parse_args(flags), chat, [], Limits(total_tokens=10))
 
 
 def test_toolace_mistakes(tmp_path, capsys):

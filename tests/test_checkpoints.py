@@ -265,6 +265,6 @@ def test_papers_comparison_on_bfcl(small_model, tmp_path, monkeypatch, called, c
     world = checkpoints.world_of(found, 2)
     assert [task.id.rsplit("_", 1)[0] for task in world.test[::2]] == [
         "multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param"]
-    assert world.limits.observation == 64        # the run's flag
+    assert world.limits.observation_tokens == 64        # the run's flag
     with pytest.raises(UserError, match="only a run folder"):
         checkpoints.load(small_model[0], "bfcl").start()

@@ -18,7 +18,7 @@ from rollout import (CLOSE, OPEN, TEMPLATES, Chat, Episode, HFEngine, Limits, Re
                      write_calls)
 from tools import DOCS, Env, Task, Turn, UserError, make_tasks
 
-LIMITS = Limits(steps=20, message=64, total=1024, observation=256)
+LIMITS = Limits(messages=20, message_tokens=64, total_tokens=1024, observation_tokens=256)
 CHECK = write_calls([("check_balance", {})])
 
 
@@ -125,19 +125,19 @@ def test_another_stop_token_is_an_artefact(chat):
 
 
 @pytest.mark.parametrize("limits, status, n_messages", [
-    (Limits(20, 3, 1024, 256), "message_limit", 1),
-    (Limits(2, 64, 1024, 256), "step_limit", 2),
-    (Limits(20, 64, None, 256), "length_limit", 1),
+    (Limits(20, 3, 1024, 256), "message_tokens_limit", 1),
+    (Limits(2, 64, 1024, 256), "messages_limit", 2),
+    (Limits(20, 64, None, 256), "total_tokens_limit", 1),
 ])
 def test_limits(chat, limits, status, n_messages):
     call, done = chat.message(CHECK), chat.message("Done.")
     prompt = chat.prompt(Env(task()).opening())
-    limits.total = limits.total or len(prompt) + len(call) + 5       # no room for the tool's answer
+    limits.total_tokens = limits.total_tokens or len(prompt) + len(call) + 5     # none for the answer
     e = roll(chat, [call, done, call, done], limits)
     assert (e.status, e.reward, len(e.states)) == (status, 0, n_messages)
     assert e.spans[-1].who == "model"                # nothing is appended after the end
-    assert len(e.ids) <= limits.total
-    if status == "message_limit":
+    assert len(e.ids) <= limits.total_tokens
+    if status == "message_tokens_limit":
         assert e.states == ["cut"] and chat.end_id not in e.ids[e.spans[-1].start:]
 
 
@@ -147,7 +147,7 @@ def test_observation_limit_keeps_the_last_tokens(chat):
 
 
 def test_prompt_that_fills_the_limit(chat):
-    with pytest.raises(AssertionError, match="fills limits.total = 20"):
+    with pytest.raises(AssertionError, match="the prompt of .* fills Limits.*total_tokens=20"):
         roll(chat, [], Limits(20, 64, 20, 256))
 
 
@@ -179,7 +179,7 @@ def test_demonstration_that_is_no_ground_truth_is_refused(chat):
     del wrong.docs["check_balance"]                  # withheld, but needed
     with pytest.raises(UserError, match=r"of t is graded as wrong \(user turn 0\); leave that task out"):
         demonstrate(chat, wrong, "A", LIMITS)
-    with pytest.raises(UserError, match=r"does not fit .*\(step_limit\).*--max_total_tokens"):
+    with pytest.raises(UserError, match=r"does not fit .*\(messages_limit\).*--max_total_tokens"):
         demonstrate(chat, task(), "A", Limits(2, 64, 1024, 256))
 
 
@@ -188,7 +188,7 @@ def test_play_repeats_and_skips(chat):
     the rest."""
     e = play(chat, Env(task()), [["<tool_call>", CHECK, "Done."], [CHECK]], Limits(4, 64, 1024, 256))
     assert [s.text for s in e.spans if s.who == "model"] == ["<tool_call>", CHECK, CHECK, CHECK]
-    assert (e.status, e.failed_turn, e.as_sampled) == ("step_limit", 0, False)
+    assert (e.status, e.failed_turn, e.as_sampled) == ("messages_limit", 0, False)
 
 
 def test_rewritten(chat):

@@ -30,8 +30,8 @@ from tools import UserError
 
 # A run of a second
 SMALL = ["--model", "runs/tiny-base", "--prompts", "2", "--group", "2", "--updates", "1", "--eval_tasks", "1",
-         "--train_tasks", "6", "--max_message_tokens", "12", "--max_messages", "16", "--probe_every", "1", "--reward", "random",
-         "--threads", "1"]
+         "--train_tasks", "6", "--max_message_tokens", "12", "--max_messages", "16", "--probe_every", "1",
+         "--reward", "random", "--threads", "1"]
 ETS = ["--signal", "ets", "--schedule", "synchronous", "--ets_window", "2"]
 
 

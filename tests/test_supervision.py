@@ -644,4 +644,4 @@ def test_the_example_of_readme_runs(folder):
 
 def test_rollout_is_reachable_without_a_signal(model, chat, task):
     e, = rollout(HFEngine(model, chat.stop_ids), chat, [env := Env(task)], LIMITS, [begin(chat, env)])
-    assert e.status in ("finished", "message_limit", "step_limit", "length_limit")
+    assert e.status in ("finished", "message_tokens_limit", "messages_limit", "total_tokens_limit")

@@ -245,7 +245,7 @@ def test_a_long_answer_is_cut_before_it_is_encoded(chat, monkeypatch):
     for text in (words * 1000, words[:64 * 20], words[:100]):
         env = Env(two_turns())
         monkeypatch.setattr(env, "_run", lambda call: text)
-        episode = play(chat, env, [[PAY, "Done."], ["ok"]], Limits(total=10**6, observation=20))
+        episode = play(chat, env, [[PAY, "Done."], ["ok"]], Limits(total_tokens=10**6, observation_tokens=20))
         answer = f"<tool_response>\n{text}\n</tool_response>"
         assert episode.spans[2].text == answer[-64 * 20:] and max(map(len, encoded[1:])) <= 64 * 20
         span, ids = episode.spans[2], encode(answer[-64 * 1000:], data=True)
