@@ -7,7 +7,7 @@
     python analyze_tokens.py --kl runs/a                 KL to its starting model over training
     python analyze_tokens.py --tokens runs/a [--html a.html]         one conversation, token by token
 
-The last four load models: results/checkpoints.py. Pictures: results/plot.py. What exactly is broken in a
+All but the first: results/checkpoints.py. Pictures: results/plot.py. What exactly is broken in a
 collapsed checkpoint: results/autopsy.py.
 """
 import argparse
@@ -30,7 +30,7 @@ from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
 from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. The files of a run: records (one dict per line of metrics.jsonl), checkpoints, the lock
+# 1. Records: what a run has logged, one dict per line of metrics.jsonl
 
 
 def mean(values):
@@ -74,14 +74,6 @@ def checked(record):
     return record
 
 
-def read_json(path):
-    """The dict in a file that a run wrote"""
-    try:
-        return {**json.loads(Path(path).read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}).") from error
-
-
 def log_line(path, record, wandb=None):
     """One more line; and, with train.py's --wandb, the same there"""
     if rank() == 0:
@@ -96,90 +88,6 @@ def parse_cells(record):
     """{"step": "3", "reward": "0.5", "lr": "", "phase": "rl"} -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
     kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
     return {name: kind(name, text)(text) for name, text in record.items() if text}
-
-
-def saved_steps(out):
-    """-> [25, 50], of the checkpoints that are there; complete ones: they get their names last"""
-    names = [path.name[5:] for path in (Path(out) / "checkpoints").glob("step-*")]
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def newest_checkpoint(out):
-    """runs/x -> runs/x/checkpoints/step-50, verified; None if there is none. `latest` names it. Without one
-    (the run was killed just before its first, or the file is lost) it is the one of the last step."""
-    folder, steps = Path(out) / "checkpoints", saved_steps(out)
-    if (folder / "latest").is_file():
-        path = folder / (folder / "latest").read_text(errors="replace").strip()
-    elif steps:
-        path = folder / f"step-{steps[-1]}"
-    else:
-        return None
-    if not (path / "MANIFEST.json").is_file():
-        raise UserError(f"the checkpoint {path} is missing; write an older step-N into {folder / 'latest'}.")
-    return verified(path)
-
-
-def verified(path):
-    """A folder, checked file by file if it has a MANIFEST.json -> the same"""
-    manifest = Path(path) / "MANIFEST.json"
-    for name, size_and_sum in (read_json(manifest) if manifest.is_file() else {}).items():
-        file = manifest.parent / name
-        if not file.is_file() or [file.stat().st_size, checksum(file)] != size_and_sum:
-            raise UserError(f"the file {file} is damaged; use another checkpoint (to resume, write an older "
-                            f"step-N into {manifest.parent.parent / 'latest'}).")
-    return path
-
-
-def checksum(path):
-    crc = 0
-    with open(path, "rb") as f:
-        while block := f.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def world_checksum():
-    """Of what the embedded world says: a base that learned other texts is lost in it"""
-    texts = []
-    for task in WORLDS["tiny"](None).mixed("train", 30):
-        texts += [task.system("A"), task.system("B")]
-        for turn in task.turns:
-            texts += [turn.user, repr(turn.calls), turn.reply]
-    return zlib.crc32("\n".join(texts).encode())
-
-
-def publish(path, write):
-    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, one atomic rename"""
-    path = Path(path)
-    tmp = path.with_name(f".tmp-{path.name}")
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    write(tmp)
-    manifest = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(tmp.iterdir())}
-    (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
-    for f in [*tmp.iterdir(), tmp]:
-        fd = os.open(f, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(tmp, path)
-
-
-def write_atomically(path, text):
-    tmp = Path(f"{path}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
-def lock(out):
-    """From here on this process alone writes into the run folder. A POSIX lock: it dies with the process, and
-    no child inherits it. (So the file is never closed.)"""
-    file = os.open(out / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"another process is writing the run in {out} ({error}); wait for it to end, or name "
-                        "another --out.") from error
 
 
 def smooth(records, name, window=5):
@@ -472,6 +380,124 @@ def timeline(records, points=12):
     return "\n".join(lines)
 
 
+def transcript(chat, episode):
+    """For reading: a paragraph per span, the model's with state: 'model[call]  <tool_call>...<|im_end|>' """
+    lines = []
+    for s in episode.spans:
+        state = f"[{s.state}]" if s.state else ""
+        lines.append(f"{s.who}{state}  {chat.text(episode.ids[s.start:s.end])}")
+    return "\n".join(lines)
+
+
+def record_episodes(path, step, chat, episodes):
+    """Of a step's Episodes keep what one wants to read: best, worst, and one with a malformed message"""
+    by_reward = sorted(episodes, key=lambda e: e.reward)
+    malformed = [e for e in episodes if not is_clean(e.states)]
+    for e in {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}.values():
+        said = [round(logp, 4) for logp, trained in zip(e.logprobs, e.mask) if trained]
+        log_line(path, {
+            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "source": e.source,
+            "reward": e.reward, "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
+            "text": transcript(chat, e), "ids": e.ids, "logprobs": said,         # of the model's tokens
+            "spans": [[s.start, s.end, s.who, s.turn, s.state] for s in e.spans]})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. The folder of a run: checkpoints, the lock; loading a model
+
+
+def read_json(path):
+    """The dict in a file that a run wrote"""
+    try:
+        return {**json.loads(Path(path).read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}).") from error
+
+
+def saved_steps(out):
+    """-> [25, 50], of the checkpoints that are there; complete ones: they get their names last"""
+    names = [path.name[5:] for path in (Path(out) / "checkpoints").glob("step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def newest_checkpoint(out):
+    """runs/x -> runs/x/checkpoints/step-50, verified; None if there is none. `latest` names it. Without one
+    (the run was killed just before its first, or the file is lost) it is the one of the last step."""
+    folder, steps = Path(out) / "checkpoints", saved_steps(out)
+    if (folder / "latest").is_file():
+        path = folder / (folder / "latest").read_text(errors="replace").strip()
+    elif steps:
+        path = folder / f"step-{steps[-1]}"
+    else:
+        return None
+    if not (path / "MANIFEST.json").is_file():
+        raise UserError(f"the checkpoint {path} is missing; write an older step-N into {folder / 'latest'}.")
+    return verified(path)
+
+
+def verified(path):
+    """A folder, checked file by file if it has a MANIFEST.json -> the same"""
+    manifest = Path(path) / "MANIFEST.json"
+    for name, size_and_sum in (read_json(manifest) if manifest.is_file() else {}).items():
+        file = manifest.parent / name
+        if not file.is_file() or [file.stat().st_size, checksum(file)] != size_and_sum:
+            raise UserError(f"the file {file} is damaged; use another checkpoint (to resume, write an older "
+                            f"step-N into {manifest.parent.parent / 'latest'}).")
+    return path
+
+
+def checksum(path):
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def world_checksum():
+    """Of what the embedded world says: a base that learned other texts is lost in it"""
+    texts = []
+    for task in WORLDS["tiny"](None).mixed("train", 30):
+        texts += [task.system("A"), task.system("B")]
+        for turn in task.turns:
+            texts += [turn.user, repr(turn.calls), turn.reply]
+    return zlib.crc32("\n".join(texts).encode())
+
+
+def publish(path, write):
+    """write(tmp) fills a temporary folder; then MANIFEST.json (sizes, checksums), fsync, one atomic rename"""
+    path = Path(path)
+    tmp = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    write(tmp)
+    manifest = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(tmp.iterdir())}
+    (tmp / "MANIFEST.json").write_text(json.dumps(manifest, indent=1))
+    for f in [*tmp.iterdir(), tmp]:
+        fd = os.open(f, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(tmp, path)
+
+
+def write_atomically(path, text):
+    tmp = Path(f"{path}.tmp")
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+
+def lock(out):
+    """From here on this process alone writes into the run folder. A POSIX lock: it dies with the process, and
+    no child inherits it. (So the file is never closed.)"""
+    file = os.open(out / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"another process is writing the run in {out} ({error}); wait for it to end, or name "
+                        "another --out.") from error
+
+
 def pretrained(name, dtype=torch.float32, template=None):
     """A Hugging Face name or folder -> model, Chat. What is loaded is what was named: all of its weights, no
     others, and none of its own code. template: a Jinja file, or one of TEMPLATES, instead of the model's"""
@@ -499,51 +525,15 @@ def pretrained(name, dtype=torch.float32, template=None):
                         f"{' or '.join(TEMPLATES)}.") from error
 
 
-def transcript(chat, episode):
-    """For reading: a paragraph per span, the model's with state: 'model[call]  <tool_call>...<|im_end|>' """
-    lines = []
-    for s in episode.spans:
-        state = f"[{s.state}]" if s.state else ""
-        lines.append(f"{s.who}{state}  {chat.text(episode.ids[s.start:s.end])}")
-    return "\n".join(lines)
-
-
-def record_episodes(path, step, chat, episodes):
-    """Of a step's Episodes keep what one wants to read: best, worst, and one with a malformed message"""
-    by_reward = sorted(episodes, key=lambda e: e.reward)
-    malformed = [e for e in episodes if not is_clean(e.states)]
-    for e in {id(e): e for e in [by_reward[-1], by_reward[0], *malformed[:1]]}.values():
-        said = [round(logp, 4) for logp, trained in zip(e.logprobs, e.mask) if trained]
-        log_line(path, {
-            "step": step, "task": e.task_id, "group": e.group_id, "sample": e.sample, "source": e.source,
-            "reward": e.reward, "status": e.status, "failed_turn": e.failed_turn, "states": e.states,
-            "text": transcript(chat, e), "ids": e.ids, "logprobs": said,         # of the model's tokens
-            "spans": [[s.start, s.end, s.who, s.turn, s.state] for s in e.spans]})
-
-
-def pages(out, count=8):
-    """Conversations from first to last, as Markdown: of a step the most malformed one that was kept"""
-    path = Path(out) / "episodes.jsonl"
-    malformed = lambda e: sum(not is_clean([s]) for s in e["states"]) / len(e["states"])
-    worst = {e["step"]: e for e in sorted(read_records(path), key=malformed)}  # of each step the last stays
-    if not worst:
-        raise UserError(f"{path} is empty: a run without RL steps has no conversations.")
-    steps = sorted(worst)
-    text = [f"# {Path(out).name}: conversations from the first step to the last"]
-    for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
-        e = worst[step]
-        said = "\n".join(line for line in e["text"].splitlines() if line.strip())
-        states = ", ".join(e["states"])
-        text.append(f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {states}")
-        text.append(f"```\n{said}\n```")
-    return "\n\n".join(text)
+# ------------------------------------------------------------------------------------------------------------
+# 8. The command line
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="What happened in these runs? Scores, states over time, verdict.")
     p.add_argument("runs", nargs="+", help="run folders, or their records (metrics.jsonl, .csv); of --probe "
                    "and --tokens also checkpoints and Hugging Face folders whose tokenizer has <tool_call>")
-    views = {"transcripts": "conversations from first to last, as Markdown",
+    views = {"transcripts": "conversations from the first step to the last, as Markdown",
              "probe": "control-token probabilities by slot, on ground truth",
              "spike": "control-token probabilities where messages begin, on the own rollouts of the starting "
              "model and of the newest checkpoint, and the KL between them",
@@ -557,15 +547,13 @@ def main(argv=None):
     p.add_argument("--tasks", type=int, default=10, help="--probe, --spike: test tasks per category")
     p.add_argument("--world", choices=WORLDS, default="tiny", help="of a folder that belongs to no run")
     args, status = p.parse_args(argv), 0
-    if args.view in ("probe", "spike", "kl", "tokens"):              # here: that file stands above this one
+    if args.view:                                # here, because that file stands above this one
         sys.path.append(str(Path(__file__).resolve().parent / "results"))
         from checkpoints import VIEWS
     for out in args.runs:
         try:
             if args.view is None:
                 text = "\n\n".join([f"== {out}", timeline(read_records(out)), summary(out)])
-            elif args.view == "transcripts":
-                text = pages(out)
             else:
                 text = f"== {out}\n\n{VIEWS[args.view](out, args)}"
             print(text, end="\n\n")

@@ -4,11 +4,13 @@
     python analyze_tokens.py --spike RUN                  on the model's OWN rollouts: where messages begin
     python analyze_tokens.py --kl RUN                     how far from its starting model, over training
     python analyze_tokens.py --tokens RUN [--html FILE]   one conversation, token by token
+    python analyze_tokens.py --transcripts RUN            conversations from healthy to collapsed
 
-All of them play the run's own world (its config.json says which), in float32, with the plain sampler.
+All but the last load its models and play the run's own world (its config.json says which), in float32, with
+the plain sampler.
 
     1. load      a checkpoint with its run's flags; the world as the run plays it
-    2. probe     3. spike, KL       4. token by token
+    2. probe     3. spike, KL     4. token by token     5. conversations over time
 """
 import html
 import json
@@ -346,8 +348,8 @@ def terminal(chat, row, messages):
 
 
 def misplaced(messages, span):
-    """-> lines such as "      P(<tool_call>) 0.05 -> 0.48 in the place of 'Done'": wherever one of the two became
-    likely, and another token is right"""
+    """-> lines such as "      P(<tool_call>) 0.05 -> 0.48 in the place of 'Done'": wherever one of the two
+    became likely, and another token is right"""
     before, after = next(iter(messages.values())), messages["now"]
     lines = []
     for t in range(span.start, span.end):
@@ -400,4 +402,26 @@ def told_by(messages, t):
     return "\n".join(lines)
 
 
-VIEWS = {"probe": probe_text, "spike": spike_text, "kl": kl_text, "tokens": tokens_text}
+# ------------------------------------------------------------------------------------------------------------
+# 5. Conversations over time, as they were recorded
+
+
+def pages(out, how, count=8):
+    """Conversations from first to last, as Markdown: of a step the most malformed one that was kept"""
+    path = Path(out) / "episodes.jsonl"
+    malformed = lambda e: sum(not is_clean([s]) for s in e["states"]) / len(e["states"])
+    worst = {e["step"]: e for e in sorted(read_records(path), key=malformed)}  # of each step the last stays
+    if not worst:
+        raise UserError(f"{path} is empty: a run without RL steps has no conversations.")
+    steps = sorted(worst)
+    text = [f"# {Path(out).name}: conversations from the first step to the last"]
+    for step in sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}):
+        e = worst[step]
+        said = "\n".join(line for line in e["text"].splitlines() if line.strip())
+        states = ", ".join(e["states"])
+        text.append(f"## step {step}: {e['task']}, reward {e['reward']:.0f}, messages: {states}")
+        text.append(f"```\n{said}\n```")
+    return "\n\n".join(text)
+
+
+VIEWS = {"probe": probe_text, "spike": spike_text, "kl": kl_text, "tokens": tokens_text, "transcripts": pages}

@@ -233,7 +233,7 @@ def test_papers_comparison_on_the_laptop(folder, called, capsys):
 
 def test_a_rate_is_one_more_recipe():
     recipes = study_paper.recipes_of("tiny", 3)
-    assert recipes["grpo-lr1e-3"].flags == "--lr 1e-3"
+    assert recipes["grpo-lr5e-4"].flags == "--lr 5e-4"
     assert recipes["ets-interleaved-sft_lr5e-5"].flags == "--signal ets --schedule interleaved --sft_lr 5e-5"
     assert study_paper.PAPER.keys() - {"untrained"} <= study_paper.recipes_of("bfcl", 1).keys()
     for world, model in (("tiny", "tiny"), ("bfcl", "x")):

@@ -4,12 +4,17 @@ import re
 import pytest
 from conftest import ROOT
 
+import story
 import study
 import study_tables
 import train
 from analyze_tokens import read_records
 
-TABLES = [found for page in study_tables.PAGES for found in study_tables.MARKED.findall(page.read_text())]
+TABLES, STORY = [], []
+for page in study_tables.PAGES:
+    TABLES += study_tables.MARKED.findall(page.read_text())
+for page in story.PAGES:
+    STORY += story.MARKED.findall(page.read_text())
 
 
 def test_every_table_stands_on_a_page():
@@ -19,6 +24,26 @@ def test_every_table_stands_on_a_page():
 @pytest.mark.parametrize("name, table", TABLES, ids=[t[0] for t in TABLES])
 def test_table_is_what_the_records_say(name, table):
     assert study_tables.TABLES[name]() == table
+
+
+def test_every_table_of_the_story_stands_on_a_page():
+    assert {name for name, _ in STORY} == story.TABLES.keys()
+
+
+@pytest.mark.parametrize("name, table", STORY, ids=[t[0] for t in STORY])
+def test_story_is_what_the_records_say(name, table):
+    assert story.TABLES[name]() == table
+
+
+def test_story_holds_whole_runs_of_its_recipes():
+    for path in sorted(story.DATA.glob("*.csv")):
+        records = read_records(path)
+        name, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
+        assert int(seed) < story.RECIPES[name].seeds, path
+        assert [r["step"] for r in records] == list(range(len(records))), path
+        assert "final/average_clean" in records[-1], path
+        args = train.parse_args(story.STORY.argv_of(name, seed))
+        assert len(records) == len(train.plan(args)) + 1, path
 
 
 def test_raw_records_are_whole_runs():
