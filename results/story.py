@@ -123,7 +123,7 @@ RED, BLUE = "#b2182b", "#1b5e9b"
 
 def picture(png):
     """Collapse, cause, cure: the reward of every seed; one run's messages and tokens; the tests at the end"""
-    fig, axes = pyplot().subplots(1, 3, figsize=(11, 3), width_ratios=[1, 1, 0.9])
+    fig, axes = pyplot().subplots(1, 3, figsize=(11, 3.5), width_ratios=[1, 1.1, 0.9])
     rewards(axes[0])
     messages(axes[1], runs(ALONE)[0])
     tests(axes[2])
@@ -137,8 +137,8 @@ def rewards(ax):
         for steps, values in done:
             ax.plot(steps, values, dashes, color=colour, lw=0.6, alpha=0.6)
         middle = [mean(values) for values in zip(*(values for _, values in done))]
-        ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=f"{label} ({len(done)} seeds, mean bold)")
-    ax.set_title("It collapses, abruptly; supervision holds")
+        ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=f"{label} ({len(done)} seeds; bold: mean)")
+    ax.set_title("RL alone collapses; with supervision it holds")
     ax.set_xlabel("step (learning rate 1e-3)")
     ax.set_ylabel("reward, mean of 5 steps")
     ax.set_ylim(0, 1.05)
@@ -157,9 +157,10 @@ def messages(ax, records):
         ax.plot(*smooth(records, column, 1), style, ms=3, lw=1.4, label=label)
     ax.set_ylim(0, 1)
     ax.set_xlim(0, rolled[-1]["step"])
-    ax.set_title("Two control tokens rise where they are wrong\n(RL alone, seed 0: messages, and probabilities)")
+    ax.set_title("Why: control tokens rise where they are wrong (seed 0)")
+    ax.set_ylabel("share of messages; probability")
     ax.set_xlabel("step")
-    ax.legend(loc="upper right", ncol=2, fontsize=6, frameon=True)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=4, fontsize=6, columnspacing=1)
 
 
 def tests(ax):
@@ -174,10 +175,12 @@ def tests(ax):
             ax.bar(x + 0.27 * (k - 1), middle, 0.25, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
                    yerr=[[middle - min(values)], [max(values) - middle]], capsize=2, error_kw={"lw": 0.8},
                    label=label if x == 0 else None)
+            ax.text(x + 0.27 * (k - 1), max(values) + 1, f"{middle:.0f}", ha="center", fontsize=7)
     ax.set_xticks(range(len(TESTS)), ["test tasks", "other syntax", "new tools"])
-    ax.set_title("At the end (whiskers: lowest, highest seed)")
-    ax.set_ylabel("solved with clean messages, %, greedy")
-    ax.legend(loc="upper right")
+    ax.set_title("Test scores at the end")
+    ax.set_ylabel("solved with clean messages, %\n(whiskers: lowest, highest seed)")
+    ax.set_ylim(0, 68)
+    ax.legend(loc="upper right", ncol=3)
 
 
 # ------------------------------------------------------------------------------------------------------------
