@@ -1,6 +1,6 @@
 """results/autopsy.py -- what exactly is broken in a collapsed checkpoint: an ability, or only its tokens?
 
-    python results/autopsy.py --base runs/tiny-base runs/a [runs/b ...] [--tasks 30] [--json FILE]
+    python results/autopsy.py --base results/base runs/a [runs/b ...] [--tasks 30] [--json FILE]
 
 BASE is the model folder that the runs started from. Each line replaces one thing in a run's newest checkpoint
 and plays test tasks of the run's world again: minutes per run of the embedded one on two cores. The score of
