@@ -431,9 +431,9 @@ def test_the_environment_of_openais_client_goes_nowhere(judge, monkeypatch, keys
 
 
 def test_a_server_that_says_when_to_come_again_is_not_waited_for(judge):
-    """Retry-After (the client waits up to two minutes for it) does not stretch the phase, or the check."""
+    """Retry-After (the client obeys it up to a minute) does not stretch the phase, or the check."""
     Judge.retries, Judge.patience = 5, 1.0
-    busy, began = judge(sends(reply(b"", b"503 Oh", b"Retry-After: 100\r\n"))), time.time()
+    busy, began = judge(sends(reply(b"", b"503 Oh", b"Retry-After: 50\r\n"))), time.time()
     assert busy.answers(["q"]) == [None] and len(busy.seen) == 1
     with pytest.raises(UserError, match="503"):
         busy.check()
@@ -477,7 +477,7 @@ except KeyboardInterrupt:
     child.send_signal(signal.SIGINT)
     began = time.time()
     assert child.stdout.readline() == b"left\n" and time.time() - began < 3         # 0.1 s, not 120
-    child.wait(timeout=15)                       # 2 to 4 s on a busy machine: Python takes PyTorch down
+    child.wait(timeout=15)                       # 2 to 6 s on a busy machine: Python takes PyTorch down
 
 
 PRS = ["--signal", "prs", "--ets_window", "2", "--judge_model", "m", "--eval_every", "-1", "--steps", "2"]
@@ -581,19 +581,21 @@ def test_a_folder_that_holds_nothing_is_new(folder, capfd):
 
 
 @pytest.mark.parametrize("before, after", [
-    (["--signal", "prs", "--judge_url", "URL"], ["--signal", "prs"]),
+    pytest.param(["--signal", "prs", "--judge_url", "URL"], ["--signal", "prs"], marks=pytest.mark.judge),
     (["--chat_template", "t.jinja"], ["--chat_template", "t.jinja"]),
     (["--model", "runs/parent"], ["--model", "runs/parent"])])
-def test_a_resumption_notices_what_has_changed(saved, copy_of, judge, chat, capfd, before, after):
+def test_a_resumption_notices_what_has_changed(saved, copy_of, request, chat, capfd, before, after):
     """A judge that was forgotten, another text in the template's file, a parent that has moved on"""
     schedule = ["--schedule", "synchronous"] if "prs" in before else []
-    calm = judge(sends(reply(ANSWER)))
+    if "prs" in before:
+        url = request.getfixturevalue("judge")(sends(reply(ANSWER))).url
+        before = [url if flag == "URL" else flag for flag in before]
     Path("t.jinja").write_text(chat.tokenizer.chat_template)
     parent = copy_of("parent")
     (parent / "checkpoints/latest").write_text("step-2")
     shutil.rmtree("runs/child", ignore_errors=True)
     args = [*SMALL, "--steps", "0", "--out", "runs/child", *schedule]
-    assert train.cli([*args, *[calm.url if flag == "URL" else flag for flag in before]]) == 0
+    assert train.cli([*args, *before]) == 0
     Path("t.jinja").write_text(chat.tokenizer.chat_template + "{# another #}")
     (parent / "checkpoints/latest").write_text("step-3")
     assert train.cli([*args, *after, "--resume"]) == 2
