@@ -11,21 +11,18 @@ sft_then_rl), in phases between RL phases (interleaved), when the alarm rings (a
 
     1. signals       none, SFT, OPS, HBG, ETS, PRS; `sample_groups` lets them write a step's rollouts
     2. reflections   PRS's texts: the embedded judge's, and the prompts for a real one
-    3. Judge         any OpenAI-compatible server
+    3. Judge         any OpenAI-compatible server, by the openai client
 """
 import hashlib
 import json
 import os
 import random
 import time
-import uuid
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 from tqdm import tqdm
@@ -283,8 +280,6 @@ def dialogue_row(chat, name, messages):
     talk = roles[1:] if roles[0] == "system" else roles
     if talk != ["user", "assistant"] * (len(talk) // 2) or not talk:
         raise ValueError(f"the roles must be [system,] user, assistant, user, assistant, ..., not {roles}")
-    if not all(isinstance(m["content"], str) for m in messages):
-        raise ValueError("the content of every message must be a text")
     first = roles.index("assistant")
     row = Episode(name, -1, source="truth", as_sampled=False)
     row.append(chat.prompt(messages[:first]), "prompt", 0, text=messages[first - 1]["content"])
@@ -430,9 +425,9 @@ EMBEDDED_JUDGE = {"whole": reflect_whole, "error": reflect_error}
 
 
 class Judge:
-    """An OpenAI-compatible server. Whatever it does costs reflections, never the run. Each answer is stored
-    under the hash of its question before it is used, so that none is paid for twice. No sampling parameters
-    are sent: some models refuse them."""
+    """An OpenAI-compatible server. Whatever it does costs reflections, never the run. An answer is stored
+    under the hash of its question before it is used: none is paid for twice. No sampling parameters are sent:
+    some models refuse them."""
     cache = Path("runs/judge-cache")
     workers, timeout, retries = 16, 120.0, 5     # requests at once; seconds for one; attempts after the first
     patience = 1800.0                            # seconds for all: the other processes wait an hour at most
@@ -442,40 +437,54 @@ class Judge:
         openais = url.startswith("https://api.openai.com/")          # the second key is for no other host
         key = os.environ.get("JUDGE_API_KEY") or (openais and os.environ.get("OPENAI_API_KEY")) or ""
         self.url, self.model, self.key = url, model, key.strip()
-        if not (self.key.isascii() and self.key.isprintable()):      # else http.client's error shows it
+        if not (self.key.isascii() and self.key.isprintable()):      # else the error about a header shows it
             raise UserError("the key in JUDGE_API_KEY or OPENAI_API_KEY holds what no key holds.")
         self.failed_in_a_row, self.trouble = 0, None
-
-    def _ask(self, prompt):
-        """One request -> the answer. Whatever is wrong with it is an exception."""
-        talk = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
-        request = Request(f"{self.url.rstrip('/')}/chat/completions", json.dumps(talk).encode())
-        request.add_header("Content-Type", "application/json")
-        if self.key:                             # unredirected: for the host that was named, and no other
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        reply, until = b"", time.monotonic() + self.timeout
         try:
-            with urlopen(request, timeout=self.timeout) as response:             # of each wait for a byte
-                if response.url != request.full_url:
-                    raise OSError(f"redirected to {response.url}")
-                while block := response.read1(65_536):
-                    reply += block
-                    if len(reply) > self.longest or time.monotonic() > until:
-                        raise TimeoutError(f"no end of the reply after {len(reply)} bytes")
-        except HTTPError as error:               # what it refuses (ValueError) it would refuse again
-            kind = ValueError if error.code in (400, 413, 422) else OSError
-            reason = f"{error}: {error.read(500).decode(errors='replace')}"      # may quote the key
-            raise kind(reason.replace(self.key or "\0", "***")) from error
-        self.failed_in_a_row = 0
-        return usable(json.loads(reply)["choices"][0]["message"]["content"])
+            self.client = self._connect()
+        except Exception as error:
+            raise UserError(f"--judge_url {url}: {error!r}; it takes a URL, `pip install openai`") from error
+
+    def _connect(self):
+        """-> openai's client, with its retries. It bounds only the waits for bytes; Http bounds the rest."""
+        import openai                            # nobody but a real judge needs it
+        judge = self
+
+        class Http(openai.DefaultHttpxClient):
+            def send(self, request, **options):  # without what OPENAI_ORG_ID, _CUSTOM_HEADERS and so on add
+                for name in set(request.headers) - {"host", "user-agent", "content-type", "content-length"}:
+                    del request.headers[name]
+                request.headers["Authorization"] = f"Bearer {judge.key or 'none'}"
+                body, until = b"", time.monotonic() + judge.timeout
+                with closing(super().send(request, stream=True, follow_redirects=False)) as reply:
+                    for block in reply.iter_raw():
+                        body += block
+                        if len(body) > judge.longest or time.monotonic() > until:
+                            raise openai.APIConnectionError(message="no end of the reply", request=request)
+                reply.headers.pop("Content-Encoding", None)          # nothing is inflated to gigabytes
+                return type(reply)(reply.status_code, headers=reply.headers, content=body, request=request)
+        return openai.OpenAI(base_url=self.url, api_key="none", timeout=self.timeout, http_client=Http())
+
+    def _ask(self, prompt, retries):
+        """-> the answer; None where there is none of use, and .trouble says why. Never raises."""
+        try:
+            ask = self.client.with_options(max_retries=retries).chat.completions.create
+            reply = ask(model=self.model, messages=[{"role": "user", "content": prompt}])
+            answer = usable(reply.choices[0].message.content)
+            self.failed_in_a_row = 0
+            return answer
+        except Exception as error:               # openai's have a .request: there was no reply, or a status
+            said = error.response.text if hasattr(error, "response") else error.__cause__  # may hold the key
+            reason = f"{type(error).__name__}: {error}: {said}".replace(self.key or "\0", "***")
+            self.trouble = repr(reason[:500])    # on one line
+            down = hasattr(error, "request") and getattr(error, "status_code", 0) not in (400, 413, 422)
+            self.failed_in_a_row = self.failed_in_a_row + 1 if down else 0
 
     def check(self):
         """Before anything starts: is it there, does it know the model, does it take the key?"""
-        try:
-            self._ask("Say yes.")
-        except Exception as error:
-            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({error!r}); "
-                            "check --judge_url, --judge_model and the key in JUDGE_API_KEY.") from error
+        if self._ask("Say yes.", retries=0) is None:
+            raise UserError(f"the judge {self.model!r} at {self.url} does not answer ({self.trouble}); "
+                            "check --judge_url, --judge_model and the key in JUDGE_API_KEY.")
 
     def _file(self, prompt):
         question = json.dumps([self.url, self.model, prompt]).encode()
@@ -483,29 +492,19 @@ class Judge:
 
     def _stored(self, prompt):
         """-> the answer in the cache; None if it is not there, or damaged"""
-        try:
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             return usable(json.loads(self._file(prompt).read_text())["answer"])
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
 
     def _answer(self, prompt):
         """-> the answer, now in the cache too; None if none can be had. Runs in a thread: never raises."""
-        for attempt in range(1 if self.failed_in_a_row >= self.give_up else self.retries + 1):
-            time.sleep(2 ** attempt - 1)
-            try:
-                answer = self._ask(prompt)
-            except Exception as error:
-                self.trouble = error
-                if isinstance(error, (ValueError, LookupError, TypeError)):
-                    return None                  # an answer of no use: the next one would be no better
-                continue
-            with suppress(OSError):              # a full disk: the answer is used, and not kept
+        answer = self._ask(prompt, 0 if self.failed_in_a_row >= self.give_up else self.retries)
+        with suppress(OSError):                  # a full disk: the answer is used, and not kept
+            if answer:
                 self.cache.mkdir(parents=True, exist_ok=True)
-                part = self.cache / uuid.uuid4().hex                 # other processes write here too
+                part = self.cache / os.urandom(16).hex()              # other processes write here too
                 part.write_text(json.dumps({"model": self.model, "prompt": prompt, "answer": answer}))
                 os.replace(part, self._file(prompt))
-            return answer
-        self.failed_in_a_row += 1
+        return answer
 
     def answers(self, prompts):
         """-> one answer per prompt, None where there was none in time. After `give_up` failures in a row the
@@ -529,7 +528,7 @@ class Judge:
             self.failed_in_a_row = self.give_up
         todo[:] = [None] * self.workers          # the threads end with the requests that they are at
         if missing := sum(found[prompt] is None for prompt in unknown):
-            tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble!r})")
+            tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble})")
         return [found[prompt] for prompt in prompts]
 
 

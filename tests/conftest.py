@@ -23,9 +23,13 @@ make_base.SIZES["for tests"] = dict(hidden=32, layers=2, steps=4, noisy_steps=1,
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: an hour of kills; only with `python -m pytest tests -m slow`")
+    config.addinivalue_line("markers", "judge: a real judge is asked, by the openai client")
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "openai" in item.fixturenames:
+            item.add_marker("judge")
     if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
@@ -42,6 +46,12 @@ def folder(tmp_path_factory):
     assert train.cli([*RUN, "--steps", "2", "--out", "runs/first"]) == 0
     yield path
     os.chdir(before)
+
+
+@pytest.fixture
+def openai():
+    """The client that asks a real judge: `pip install openai`, or the test is skipped"""
+    return pytest.importorskip("openai", reason="a real judge needs the openai client")
 
 
 def rows(out):

@@ -422,7 +422,7 @@ def test_every_word_of_a_reflection_has_a_token(chat):
 
 # --- the judge server ---------------------------------------------------------------------------------------
 @pytest.fixture
-def server():
+def server(openai):
     """A local OpenAI-compatible server that can fail on demand."""
     state = SimpleNamespace(calls=[], fail=0, body=None)
 
@@ -486,7 +486,7 @@ def test_judge(server, tmp_path, chat, task, monkeypatch):
     assert [row.spans[1].text for row in signal.rows()] == out       # it is back, and so are the reflections
 
 
-def test_judge_that_is_down_is_one_sentence(folder, capfd, monkeypatch):
+def test_judge_that_is_down_is_one_sentence(folder, openai, capfd):
     status = train.cli([*RUN, "--signal", "prs", "--schedule", "synchronous", "--steps", "1", "--judge_url",
                         "http://127.0.0.1:9/v1", "--out", "runs/judge"])
     err = capfd.readouterr().err.strip().splitlines()
