@@ -65,7 +65,9 @@ STORY = Study(RECIPES, COMMON, FINAL, "runs/story", DATA)
 # 2. Tables
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
-PARTS = {                                        # table: its recipes, the base first
+PARTS = {                                        # table: its recipes
+    "main": ["lr1e-3", "lr1e-3+ets", "lr1e-3+sft", "lr1e-3+prs", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict",
+             "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
     "cures": [name for name in RECIPES if name.startswith("lr1e-3")] + ["sft"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
