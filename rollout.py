@@ -385,7 +385,7 @@ class Said:
 
 
 def conversations_that_fit(config, max_tokens, gigabytes, dtype):
-    """How many conversations' keys and values fit into --kv_cache_gb if each grows to --max_total_tokens?"""
+    """How many conversations' keys and values fit into --kv_cache_gb if each grows to max_tokens?"""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim                 # numbers
     per_token *= getattr(torch, dtype).itemsize                                                      # bytes

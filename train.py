@@ -199,7 +199,7 @@ def refuse_senseless(args, error):
         error(f"--alarm {args.alarm} is not one of the probe's probabilities: {', '.join(PROBED)}")
     if args.world == "bfcl" and args.model == "tiny":
         error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct")
-    if args.sft_file and (not issubclass(signal, SFT) or issubclass(signal, ETS)):
+    if args.sft_file and not args.eval_only and (not issubclass(signal, SFT) or issubclass(signal, ETS)):
         error(f"--sft_file goes with --signal sft, not {args.signal}")
     if args.correction and (args.as_released or args.correction < 1):
         error("--correction is a cap of at least 1; and text that --as_released encodes again has no sampler")
@@ -493,10 +493,10 @@ class Progress:
 def build(args, device):
     """Everything that the main loop needs. With --eval_only: prints the scores, -> None"""
     world = WORLDS[args.world](args)
+    start_from = rank0_first(lambda: starting_point(args))
     if args.model != "tiny":                     # another run's newest checkpoint may move on: stay with this
-        args.model = rank0_first(lambda: starting_point(args))
+        args.model = start_from
     checkpoint = None if args.eval_only else rank0_first(lambda: check_run(args))
-    start_from = starting_point(args)
     model, chat = load_model(start_from, args, device)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     say(f"model: {start_from}, {millions:.2f} M parameters, {world_size()} process(es) on {device}")

@@ -47,7 +47,8 @@ class Checkpoint:
         """-> the model that the run started from"""
         if not self.run:
             raise UserError("only a run folder tells which model it started from (config.json); name one.")
-        return on_device(pretrained(train.starting_point(self.args))[0])
+        name, template = train.starting_point(self.args), self.args.chat_template
+        return on_device(pretrained(name, template=template)[0])
 
 
 def load(path, world="tiny"):
@@ -62,6 +63,8 @@ def load(path, world="tiny"):
     config = read_json(run / "config.json") if run else {}
     args = train.parse_args(["--eval_only", "--world", config.get("world", world), "--model", str(path)])
     vars(args).update(config)                    # flags that are newer than the run keep their defaults
+    if args.chat_template:                       # of a file its checksum was written behind the name
+        args.chat_template = args.chat_template.split(" (checksum ")[0]
     hf_logging.disable_progress_bar()
     model, chat = pretrained(verified(name), template=args.chat_template)
     return Checkpoint(on_device(model), chat, args, run)
@@ -343,17 +346,17 @@ def terminal(chat, row, messages):
                 shown = found[t].text.replace("\n", "\\n")
                 line += "\033[30;48;2;{};{};{}m".format(*colour(found[t])) + f"{shown}\033[0m"
             lines.append(line)
-        lines += misplaced(messages, span)
+        lines += misplaced(messages, span, chat.text([chat.end_id]))
     return "\n".join(lines)
 
 
-def misplaced(messages, span):
+def misplaced(messages, span, end):
     """-> lines such as "      P(<tool_call>) 0.05 -> 0.48 in the place of 'Done'": wherever one of the two
     became likely, and another token is right"""
     before, after = next(iter(messages.values())), messages["now"]
     lines = []
     for t in range(span.start, span.end):
-        for token, name in ((OPEN, "open"), ("<|im_end|>", "end")):
+        for token, name in ((OPEN, "open"), (end, "end")):
             first, last = getattr(before[t], name), getattr(after[t], name)
             if after[t].text != token and last >= 0.25 and last > 2 * first:
                 lines.append(f"      P({token}) {first:.2g} -> {last:.2g} in the place of {after[t].text!r}")

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers  
 from tqdm import tqdm  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
 
+from analyze_tokens import publish, world_checksum  # noqa: E402
 from measure_base import PAGE, write_row  # noqa: E402
 from renamed import POOLS, renamed  # noqa: E402
 from rollout import (CLOSE, CONTROL, OPEN, TEMPLATES, Chat, Limits, play, truth_script,  # noqa: E402
@@ -28,7 +29,7 @@ from rollout import (CLOSE, CONTROL, OPEN, TEMPLATES, Chat, Limits, play, truth_
 from sft_step import optimizer_step, set_lr, sft_backward  # noqa: E402
 from supervision import HBG  # noqa: E402
 from tools import PEOPLE, TRAIN_CATEGORIES, WORDS, make_tasks  # noqa: E402
-from train import BASE, publish, world_checksum  # noqa: E402
+from train import BASE  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. The tokenizer

@@ -43,7 +43,6 @@ class Recipe:
     seeds: int = 3
 
 
-# The last four are not train.py's own values.
 COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1 --threads 1"
 SLOW, FAST = "--lr 2e-4", "--lr 1e-3 --steps 60"
 ETS, PRS = "--signal ets --schedule interleaved", "--signal prs --schedule interleaved"
@@ -165,7 +164,7 @@ class Study:
         if self.packed(name, seed).exists():
             return None
         if not finished(out):
-            resume = ["--resume"] if Path(out).exists() else []
+            resume = ["--resume"] if Path(out, "config.json").exists() else []
             status = self.call(f"{out}.log", self.argv_of(name, seed) + resume)
         status = status or self.evaluate(out, ["--model", out], self.tested)
         if status:
@@ -232,7 +231,6 @@ def pack(out, path, scores=()):
 def parser():
     """The flags that all studies have"""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
     p.add_argument("--only", nargs="+", metavar="RECIPE", help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, help="default: all of the recipe's")
     p.add_argument("--parallel", type=int, help="runs at a time; default: 2 of one thread each, real ones 1")
@@ -258,6 +256,7 @@ def main(argv=None):
         return study_paper.main(argv)
     p = parser()
     p.add_argument("--pictures", action="store_true", help="draw results/study/*.png again")
+    p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
     args = p.parse_args(argv)
     if args.tables:
         from study_tables import write

@@ -54,7 +54,7 @@ PAPER = {"untrained": "3.50", "grpo": "0.0", "sft+rl": "17.25", "ops": "1.50 *",
 
 
 def recipes_of(world, seeds):
-    """-> {"grpo": Recipe(""), "grpo-lr1e-3": Recipe("--lr 1e-3"), ...}"""
+    """-> {"grpo": Recipe(""), "grpo-lr2e-4": Recipe("--lr 2e-4"), ...}"""
     recipes = {}
     for name, flags in METHODS.items():
         recipes[name] = Recipe(flags, seeds)
@@ -82,6 +82,7 @@ def main(argv=None):
     """-> exit status"""
     p = parser()
     p.description = __doc__
+    p.add_argument("--paper", action="store_true", help="this study")
     p.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="the laptop's, or real data")
     p.add_argument("--model", help="bfcl: the model that every run starts from")
     p.add_argument("--flags", default="", help="train.py's, for every run (--engine, --shard, ...)")

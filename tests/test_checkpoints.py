@@ -140,10 +140,10 @@ def test_where_a_control_token_became_likely():
     """Likely now, not before, and another token is right"""
     start = {5: Cell("Done", -1, .28, 0), 6: Cell(".", -1, .6, 0), 7: Cell("<|im_end|>", -1, 0, .1)}
     now = {5: Cell("Done", -1, .85, 0), 6: Cell(".", -1, .9, .26), 7: Cell("<|im_end|>", -1, 0, .9)}
-    assert checkpoints.misplaced({"start": start, "now": now}, Span(5, 8, "model", 0)) == [
+    assert checkpoints.misplaced({"start": start, "now": now}, Span(5, 8, "model", 0), "<|im_end|>") == [
         "      P(<tool_call>) 0.28 -> 0.85 in the place of 'Done'",
         "      P(<|im_end|>) 0 -> 0.26 in the place of '.'"]
-    assert checkpoints.misplaced({"now": now}, Span(5, 8, "model", 0)) == []     # one model: nothing became
+    assert checkpoints.misplaced({"now": now}, Span(5, 8, "model", 0), "<|im_end|>") == []       # nothing became
 
 
 def test_colours_by_hand():

@@ -171,8 +171,8 @@ def test_killed_at_every_write_point(folder):
 
 SCHEDULES = {
     "rl": ["--signal", "hbg", "--hints", "1"],
-    "sft": ["--signal", "sft", "--sft_steps", "6"],
-    "sft_then_rl": ["--signal", "sft", "--sft_steps", "2"],
+    "sft": ["--signal", "sft", "--sft_epochs", "3"],
+    "sft_then_rl": ["--signal", "sft", "--sft_epochs", "1"],
     "interleaved": ["--signal", "prs", "--phases", "1:1", "--ets_window", "2", "--as_released", "--kl_weight",
                     "0.01"],
     "synchronous": ["--signal", "prs", "--ets_window", "2"],
