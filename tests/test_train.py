@@ -107,7 +107,7 @@ def test_the_world_brings_its_own_defaults():
     paper = train.parse_args(["--world", "bfcl", "--model", "x"])
     assert (paper.lr, paper.kl_weight, paper.steps, paper.group) == (1e-6, 1e-4, 300, 8)
     assert train.parse_args(["--world", "bfcl", "--model", "x", "--lr", "5e-4"]).lr == 5e-4
-    assert (train.parse_args([]).lr, train.parse_args([]).kl_weight) == (5e-4, 0)
+    assert (train.parse_args([]).lr, train.parse_args([]).kl_weight) == (1e-3, 0)
 
 
 @pytest.mark.parametrize("schedule, phases", [("sft", ["sft_phase"]),
@@ -423,10 +423,10 @@ def test_pytorchs_generator_is_seeded():
 def test_the_limits_of_test_tasks():
     """As in training; on bfcl the paper's."""
     args = train.parse_args(["--max_total_tokens", "900"])
-    assert train.limits_of(args, "test") == train.limits_of(args) and train.limits_of(args).total == 900
+    assert train.limits_of(args, "test") == train.limits_of(args) and train.limits_of(args).total_tokens == 900
     args = train.parse_args(["--world", "bfcl", "--model", "x"])
     limits = train.limits_of(args), train.limits_of(args, "validation"), train.limits_of(args, "test")
-    assert [(x.observation, x.total) for x in limits] == [(1024, 16_384), (1024, 16_384), (4096, 24_576)]
+    assert [(x.observation_tokens, x.total_tokens) for x in limits] == [(1024, 16_384), (1024, 16_384), (4096, 24_576)]
 
 
 def test_passes_of_an_sft_phase():
