@@ -12,14 +12,13 @@ runs, from another base.)
 """
 import functools
 import json
-import re
 import sys
 
 from study import ROOT, Recipe, Study, jobs_of, parser          # first: it makes the files above importable
-from analyze_tokens import mean, read_records, smooth
+from analyze_tokens import mean, smooth
 from plot import FILLS, pyplot
 from rollout import STATES
-from study_tables import MALFORMED, code, falls, late, markdown, percent, spread
+from study_tables import MALFORMED, code, falls, late, markdown, marked, percent, rewrite, spread
 
 DATA = ROOT / "results" / "story"
 COMMON = "--steps 60 --eval_every -1 --save_every 30 --keep 1 --threads 1"
@@ -77,8 +76,7 @@ PARTS = {                                        # table: its recipes
 @functools.cache
 def runs(name):
     """-> [records of each packed seed]"""
-    paths = [STORY.packed(name, seed) for seed in range(RECIPES[name].seeds)]
-    return [read_records(path) for path in paths if path.exists()]
+    return STORY.records(name)
 
 
 def recipe_table(names):
@@ -107,12 +105,7 @@ def recipes_table():
 TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
 TABLES["recipes"] = recipes_table
 PAGES = (ROOT / "README.md", DATA / "README.md")
-MARKED = re.compile(r"(?<=<!-- story: )(\S+) -->\n(.*?)(?=\n\n|\Z)", re.S)    # groups: its name, its lines
-
-
-def write():
-    for page in PAGES:
-        page.write_text(MARKED.sub(lambda m: f"{m[1]} -->\n{TABLES[m[1]]()}", page.read_text()))
+MARKED = marked("story")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,7 +189,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     jobs = jobs_of(STORY, args, p.error)
     if args.tables:
-        write()
+        rewrite(PAGES, MARKED, TABLES)
     elif args.picture:
         picture(DATA / "story.png")
     elif args.list:

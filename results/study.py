@@ -124,6 +124,11 @@ class Study:
     def packed(self, name, seed):
         return self.data / f"{name}-seed{seed}.csv"
 
+    def records(self, name):
+        """-> [records of each packed seed]"""
+        paths = [self.packed(name, seed) for seed in range(self.recipes[name].seeds)]
+        return [read_records(path) for path in paths if path.exists()]
+
     def argv_of(self, name, seed):
         """-> the arguments of train.py"""
         flags = f"{self.common} {self.recipes[name].flags} --seed {seed}"
@@ -259,8 +264,8 @@ def main(argv=None):
     p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
     args = p.parse_args(argv)
     if args.tables:
-        from study_tables import write
-        write()
+        from study_tables import MARKED, PAGES, TABLES, rewrite
+        rewrite(PAGES, MARKED, TABLES)
     elif args.pictures:
         from study_pictures import pictures
         pictures()

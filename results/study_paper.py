@@ -165,9 +165,8 @@ OOD = {"format_ood": "format (the other syntax)", "content_ood": "content (unsee
 def done_of(study):
     """-> {recipe: [records of each packed seed]}, of recipes that have some"""
     done = {}
-    for name, recipe in study.recipes.items():
-        paths = [study.packed(name, seed) for seed in range(recipe.seeds)]
-        if found := [read_records(path) for path in paths if path.exists()]:
+    for name in study.recipes:
+        if found := study.records(name):
             done[name] = found
     return done
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import train
-from analyze_tokens import Alarm, collapse, mean, read_records, smooth
+from analyze_tokens import Alarm, collapse, mean, smooth
 from rl_step import PRESSURES
 from rollout import STATES, is_clean
 from study import DATA, FAST, RECIPES, STUDY
@@ -46,7 +46,7 @@ def seeds(name):
 @functools.cache
 def runs(name):
     """-> [records of each packed seed]"""
-    return [read_records(STUDY.packed(name, seed)) for seed in seeds(name)]
+    return STUDY.records(name)
 
 
 def late(records, *columns, n=10):
@@ -369,9 +369,16 @@ TABLES = {"recipes": recipes_table, "crossing": crossing_table, "story": story_t
           "main": functools.partial(recipe_table, MAIN), "slow": functools.partial(recipe_table, SLOWS),
           "causes": functools.partial(recipe_table, CAUSES, with_base=False)}
 PAGES = (DATA / "README.md",)
-MARKED = re.compile(r"(?<=<!-- study: )(\S+) -->\n(.*?)(?=\n\n|\Z)", re.S)    # groups: its name, its lines
 
 
-def write():
-    for page in PAGES:
-        page.write_text(MARKED.sub(lambda m: f"{m[1]} -->\n{TABLES[m[1]]()}", page.read_text()))
+def marked(study):
+    """-> what finds the tables of a page behind <!-- STUDY: NAME -->; groups: its name, its lines"""
+    return re.compile(rf"(?<=<!-- {study}: )(\S+) -->\n((?:\|[^\n]*(?:\n(?=\|))?)*)")
+
+
+def rewrite(pages, found, tables):
+    for page in pages:
+        page.write_text(found.sub(lambda m: f"{m[1]} -->\n{tables[m[1]]()}", page.read_text()))
+
+
+MARKED = marked("study")
