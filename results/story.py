@@ -57,6 +57,13 @@ RECIPES = {
     "lr2e-4+mask+ets+random": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive_random", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
 }
+# The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)
+BASES = {"seed1": "--seed 1", "seed2": "--seed 2", "small": "--size small"}
+CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets"]
+SHIPPED = list(RECIPES)
+for base in BASES:
+    for name in CLAIMS:
+        RECIPES[f"{name}@{base}"] = Recipe(f"{RECIPES[name].flags} --model runs/base-{base}", 3)
 STORY = Study(RECIPES, COMMON, FINAL, "runs/story", DATA)
 
 
@@ -68,9 +75,10 @@ PARTS = {                                        # table: its recipes
     "main": ["lr1e-3", "lr1e-3+ets", "lr1e-3+sft", "lr1e-3+prs", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict",
              "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
-    "cures": [name for name in RECIPES if name.startswith("lr1e-3")] + ["sft"],
+    "cures": [name for name in SHIPPED if name.startswith("lr1e-3")] + ["sft"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
-    "spike": [name for name in RECIPES if name.startswith("lr2e-4+mask") and "strict" not in name]}
+    "spike": [name for name in SHIPPED if name.startswith("lr2e-4+mask") and "strict" not in name],
+    "bases": [f"{name}@{base}" for base in BASES for name in CLAIMS]}
 
 
 @functools.cache
@@ -79,12 +87,22 @@ def runs(name):
     return STORY.records(name)
 
 
+def base_of(name):
+    """"lr1e-3@seed1" -> "base-seed1", "lr1e-3" -> "base" """
+    return "-".join(["base", *name.split("@")[1:]])
+
+
 def recipe_table(names):
-    """One line per recipe: mean over seeds (lowest to highest seed). Reward, messages and P(open): the last 10
-    steps (P(open): the last probe); tests at the end"""
-    base = json.loads((DATA / "base.json").read_text())
-    rows = [["the base", *[None] * 5, *(f"{100 * base[score[6:]]:.0f}" for score in TESTS.values())]]
+    """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Reward and messages: the
+    last 10 steps, P(open): the last probe, tests at the end"""
+    rows, seen = [], set()
     for name in [name for name in names if runs(name)]:
+        base = base_of(name)
+        if base not in seen:
+            seen.add(base)
+            scores = json.loads((DATA / f"{base}.json").read_text())
+            tested = [f"{100 * scores[score.removeprefix('final/')]:.0f}" for score in TESTS.values()]
+            rows.append([base.replace("base", "the base").replace("-", ", "), *[None] * 5, *tested])
         done, cells = runs(name), [code(name), len(runs(name))]
         if late(done[0], "reward") is None:      # no RL in it
             cells += ["–"] * 4
@@ -197,7 +215,18 @@ def main(argv=None):
             state = "done   " if STORY.packed(name, seed).exists() else "missing"
             print(state, "python train.py", *STORY.argv_of(name, seed))
     else:
+        for base in {name.split("@")[1] for name, _ in jobs if "@" in name}:
+            make_base(base)
         return STORY.run_all(jobs, args.parallel or 2)
+
+
+def make_base(base):
+    """runs/base-seed1 and its scores, story/base-seed1.json, where they are missing"""
+    folder = ROOT / f"runs/base-{base}"
+    argv = [*BASES[base].split(), "--eval_tasks", "0", "--out", str(folder)]
+    if not folder.exists() and STORY.call(f"{folder}.log", argv, "results/make_base.py"):
+        sys.exit(f"the base cannot be made; see {folder}.log")
+    STORY.evaluate_base(f"base-{base}", ["--model", str(folder)])
 
 
 if __name__ == "__main__":

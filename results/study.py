@@ -152,16 +152,15 @@ class Study:
             status = self.call(log, flags, "results/acebench.py")
         return status
 
-    def evaluate_base(self):
-        """The scores of the model that every run starts from -> status"""
-        scores, out = self.data / "base.json", f"{self.runs}/base"
+    def evaluate_base(self, name="base", model=()):
+        """The scores of the model that runs start from -> DATA/NAME.json"""
+        scores, out = self.data / f"{name}.json", f"{self.runs}/{name}"
         if scores.exists():
-            return 0
-        if status := self.evaluate(out):
-            return status
+            return
+        if self.evaluate(out, model):
+            sys.exit(f"the base model cannot be evaluated; see {out}.log")
         scores.parent.mkdir(parents=True, exist_ok=True)
         scores.write_text(json.dumps(closing_scores(out), indent=1))
-        return 0
 
     def run_one(self, name, seed):
         """Train, evaluate, pack; whatever of it is not done yet. -> None, or what went wrong"""
@@ -178,8 +177,7 @@ class Study:
 
     def run_all(self, jobs, parallel):
         """-> exit status"""
-        if self.evaluate_base():
-            sys.exit(f"the base model cannot be evaluated; see {self.runs}/base.log")
+        self.evaluate_base()
         with ThreadPoolExecutor(parallel) as pool:
             ended = pool.map(lambda job: self.run_one(*job), jobs)
             done = list(tqdm(ended, total=len(jobs), desc="study"))

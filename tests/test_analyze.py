@@ -308,7 +308,8 @@ def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
     """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
     common = " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1 --threads 1"])
     small = replace(study.STUDY, data=tmp_path, common=common, final=" ".join([*RUN, study.FINAL]))
-    assert small.evaluate_base() == 0 and "average_clean" in json.loads((tmp_path / "base.json").read_text())
+    small.evaluate_base()
+    assert "average_clean" in json.loads((tmp_path / "base.json").read_text())
     assert small.run_one("strict", 0) is None
     records = read_records(tmp_path / "strict-seed0.csv")
     assert len(records) == 3 and 0 <= records[-1]["final/format_ood_clean"] <= 1
