@@ -127,7 +127,7 @@ FLAGS = {
         ("eval_every", 30, -1, "evaluate every so many steps (-1 = only first and last)"),
         ("probe_every", 5, -1, "measure the control tokens' probabilities every so many steps (-1 = never)"),
         ("save_every", 30, -1, "checkpoint every so many steps (-1 = only the last)"),
-        ("keep", 2, -1, "newest checkpoints kept (-1 = all)"),
+        ("keep", 2, -1, "newest checkpoints kept (-1 or 0 = all)"),
         ("wandb", None, None, "a project at Weights & Biases that gets the lines of metrics.jsonl, too"),
         ("threads", -1, -1, "CPU threads per process (-1 = PyTorch's choice; with vllm on a CPU, 1)")]}
 
@@ -464,11 +464,11 @@ def open_folder(run):
         check_run(run.args)                      # again: another process may have been faster
     write_atomically(out / "config.json", json.dumps(run_config(run.args), indent=1))
     kept = {}                                    # both are read before one is written: either may be damaged
-    for path in (out / "metrics.jsonl", out / "episodes.jsonl"):
-        kept[path] = [r for r in (read_records(path) if path.exists() else []) if r["step"] < step]
-    for path, records in kept.items():
+    for path in (out / "metrics.jsonl", out / "episodes.jsonl", out / "kl.jsonl"):
         if path.exists():
-            shutil.copy(path, f"{path}.old")     # should the step be the wrong one
+            kept[path] = [r for r in read_records(path) if r["step"] < step]
+    for path, records in kept.items():
+        shutil.copy(path, f"{path}.old")         # should the step be the wrong one
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
     folder = out / "checkpoints"
     for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
@@ -713,7 +713,7 @@ def cli(argv=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt as error:
-        begun = args and args.out and (Path(args.out) / "config.json").exists()
+        begun = args and not args.eval_only and (Path(args.out) / "config.json").exists()
         where = f"the same command with --resume continues {args.out}" if begun else "no run was begun"
         print(f"\ntrain.py: stopped; {where}" if first else "", file=sys.stderr)
         status = 128 + (error.args or [os_signal.SIGINT])[0]
