@@ -71,9 +71,14 @@ STORY = Study(RECIPES, COMMON, FINAL, "runs/story", DATA)
 # 2. Tables
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
+# The paper's: Qwen2.5-1.5B, BFCL multi-turn / ACEBench in brackets / ACEBench in tags (all but the first: from
+# a single third-party note). Its ETS and PRS act in phases.
+PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 26 / 23",
+         "lr1e-3+hbg": "0 / 23 / 0", "lr1e-3+sft-first": "17 / – / –", "lr1e-3+ets+phases": "20 / 9 / 22",
+         "lr1e-3+prs+phases": "26 / 12 / 26", "sft": "– / 0 / 24"}
 PARTS = {                                        # table: its recipes
-    "main": ["lr1e-3", "lr1e-3+ets", "lr1e-3+sft", "lr1e-3+prs", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict",
-             "lr2e-4+mask+ets"],
+    "main": ["lr1e-3", "lr1e-3+ops", "lr1e-3+hbg", "lr1e-3+sft-first", "lr1e-3+ets+phases", "lr1e-3+prs+phases",
+             "lr1e-3+ets", "lr1e-3+prs", "sft", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3")] + ["sft"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
@@ -94,8 +99,8 @@ def base_of(name):
 
 def recipe_table(names):
     """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Reward and messages: the
-    last 10 steps, P(open): the last probe, tests at the end"""
-    rows, seen = [], set()
+    last 10 steps, P(open): the last probe, tests at the end; where a method is the paper's, its three scores"""
+    rows, seen, compared = [], set(), len(PAPER.keys() & names) > 1
     for name in [name for name in names if runs(name)]:
         base = base_of(name)
         if base not in seen:
@@ -103,6 +108,8 @@ def recipe_table(names):
             scores = json.loads((DATA / f"{base}.json").read_text())
             tested = [f"{100 * scores[score.removeprefix('final/')]:.0f}" for score in TESTS.values()]
             rows.append([base.replace("base", "the base").replace("-", ", "), *[None] * 5, *tested])
+            if compared:
+                rows[-1].append(PAPER["base"])
         done, cells = runs(name), [code(name), len(runs(name))]
         if late(done[0], "reward") is None:      # no RL in it
             cells += ["–"] * 4
@@ -111,8 +118,13 @@ def recipe_table(names):
                       percent([late(r, *MALFORMED) for r in done]),
                       spread([late(r, "p/open|text", n=1) for r in done])]
         rows.append(cells + [percent([late(r, score, n=1) for r in done]) for score in TESTS.values()])
-    return markdown("recipe | seeds | reward collapsed (step) | reward at the end | malformed messages, % | "
-                    "P(`<tool_call>` where text should begin) | " + " | ".join(TESTS), rows)
+        if compared:
+            rows[-1].append(PAPER.get(name))
+    header = ["recipe", "seeds", "reward collapsed (step)", "reward at the end", "malformed messages, %",
+              "P(`<tool_call>` where text should begin)", *TESTS]
+    if compared:
+        header.append("the paper's three, %")
+    return markdown(" | ".join(header), rows)
 
 
 def recipes_table():

@@ -337,12 +337,12 @@ SHORT = ("task reward, greedy", "clean reward, greedy", "clean reward in syntax 
          "after 16 SFT steps")
 
 
-def autopsy_table(short=False):
-    """results/study/autopsy.json (autopsy.py --json) -> one column per checkpoint, base first"""
-    reports = json.loads((DATA / "autopsy.json").read_text())
+def autopsy_table(short=False, file=DATA / "autopsy.json"):
+    """What autopsy.py --json has written -> one column per checkpoint, base first"""
+    reports = json.loads(file.read_text())
     reports = {Path(run).name: report for run, report in reports.items()}
     if short:
-        reports.pop("fast-seed0")                # nothing of it is left that could be told apart
+        reports.pop("fast-seed0", None)          # nothing of it is left that could be told apart
     first, rows = next(iter(reports.values())), []
     for line in first:
         left_out = short and ("only" in line or not any(part in line for part in SHORT))
