@@ -145,9 +145,7 @@ def places(chat, row, number=0):
 
 # ------------------------------------------------------------------------------------------------------------
 # 3. The probe: ground-truth conversations that never change, one forward pass, no sampling. A moving number
-#    is the model's doing alone. And the alarm that listens to one of its numbers.
-PROBED = [f"p/{c}|{slot}" for c in (*RIGHT, "json", "content") for slot in SLOTS]
-PROBED += [f"p/{c}|off" for c in RIGHT]
+#    is the model's doing alone.
 
 
 def token_classes(chat):
@@ -202,7 +200,7 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
                 begins = place.slot == "call"
                 call = (id(batch[place.row]), place.call)
                 exact[call] = begins or (exact[call] and is_first)
-    metrics = {name: mean(total[name]) for name in PROBED if name in total}      # syntax B lacks two slots
+    metrics = {name: mean(values) for name, values in total.items()}             # syntax B lacks two slots
     if start:
         pairs = zip(log_likelihood, start, strict=True)
         metrics["p/moved"] = mean(abs(now - before) for now, before in pairs)
@@ -217,29 +215,6 @@ def truth_logprobs(model, rows, micro_tokens=16_384):
     for batch in micro_batches(rows, micro_tokens):
         logprobs += token_logprobs(model, batch).logp.tolist()
     return logprobs
-
-
-class Alarm:
-    """On after `checks` values in a row above factor x the mean of the first `baseline` values, off after as
-    many below half of that: hysteresis, so that one odd probe neither rings nor silences it.
-
-    update(v) for v in .02 .02 .02 .07 .05 .07 .08 .04 .02 .02 -> on at .08 (two above .06), off at the end"""
-
-    def __init__(self, factor=3.0, checks=2, baseline=3):
-        self.factor, self.checks, self.baseline = factor, checks, baseline
-        self.first, self.in_a_row, self.on = [], 0, False
-
-    def update(self, value):
-        """-> is it on now?"""
-        if len(self.first) < self.baseline:
-            self.first.append(value)
-            return self.on
-        limit = self.factor * mean(self.first)
-        wants_change = value < limit / 2 if self.on else value > limit
-        self.in_a_row = self.in_a_row + 1 if wants_change else 0
-        if self.in_a_row == self.checks:
-            self.on, self.in_a_row = not self.on, 0
-        return self.on
 
 
 # ------------------------------------------------------------------------------------------------------------

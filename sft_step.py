@@ -445,19 +445,17 @@ def sft_update(model, optimizer, rows, lr, micro_tokens):
 
 
 def sft_phase(model, optimizer, rows, args, seed):
-    """A whole SFT phase: --sft_epochs shuffled passes over rows (a burst: --burst_rows of them) -> metrics"""
-    visits = args.burst_rows if args.schedule.startswith("adaptive") else args.sft_epochs * len(rows)
-    visits = visits if rows else 0
+    """A whole SFT phase: --sft_epochs shuffled passes over rows -> metrics"""
     batches, done = [], []
-    for start in range(0, visits, max(1, len(rows))):                # pass by pass
-        one_pass = shuffled_passes(rows, start, min(len(rows), visits - start), seed)
+    for epoch in range(args.sft_epochs if rows else 0):
+        one_pass = shuffled_passes(rows, epoch * len(rows), len(rows), seed)
         batches += message_batches(one_pass, args.sft_batch)
     warmup = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
     quiet = None if rank() == 0 else True
     for u, some in enumerate(tqdm(batches, desc="SFT phase", leave=False, disable=quiet)):
         rate = args.sft_lr * phase_rate(u, len(batches), warmup)
         done.append(sft_update(model, optimizer, some, rate, args.micro_tokens))
-    metrics = {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": visits,
+    metrics = {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": args.sft_epochs * len(rows),
                "skipped_updates": sum(m["skipped_updates"] for m in done)}
     for name in ("sft_loss", "grad_norm") if done else ():
         metrics[name] = sum(m[name] for m in done) / len(done)

@@ -5,9 +5,8 @@ rollout before the update (`before_update`), what enters the policy loss (`ratio
 rollouts (`observe`), and which rows are trained with cross-entropy (`rows`). What it does not override is
 vanilla GRPO.
 
-The SCHEDULE (train.py, `plan`, `burst_due`) decides when rows are trained: never (rl), alone (sft,
-sft_then_rl), in phases between RL phases (interleaved), when the alarm rings (adaptive), at random times
-(adaptive_random), or as one more term of each RL update (synchronous).
+The SCHEDULE (train.py, `plan`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases
+between RL phases (interleaved), or as one more term of each RL update (synchronous).
 
     1. signals       none, SFT, OPS, HBG, ETS, PRS; `sample_groups` lets them write a step's rollouts
     2. reflections   PRS's texts: the embedded judge's, and the prompts for a real one
@@ -82,7 +81,7 @@ class Signal:
 
 class SFT(Signal):
     """Ground-truth demonstrations of all training tasks; or, with --sft_file, a file's dialogues."""
-    schedules = ("sft", "sft_then_rl", "interleaved", "synchronous", "adaptive", "adaptive_random")
+    schedules = ("sft", "sft_then_rl", "interleaved", "synchronous")
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -189,7 +188,7 @@ class ETS(SFT):
     """Erroneous trajectory supervision: the ground truth of the tasks that failed in the last --ets_window RL
     steps. --ets_rule all: every rollout of the task in the window failed (the paper); any: one did (the
     paper's code)."""
-    schedules = ("interleaved", "synchronous", "adaptive", "adaptive_random")
+    schedules = ("interleaved", "synchronous")
 
     def __init__(self, *args):
         super().__init__(*args)

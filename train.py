@@ -8,11 +8,9 @@
 The algorithm is `train`, at the end: one pass through its loop is one step of the paper.
 """
 import argparse
-import copy
 import gc
 import json
 import os
-import random
 import shutil
 import signal as os_signal
 import sys
@@ -31,10 +29,10 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from tqdm import tqdm
 from transformers.utils import logging as hf_logging
 
-from analyze_tokens import (PROBED, Alarm, checksum, lock, log_line, mean, newest_checkpoint, one_line,
-                            pretrained, probe, publish, read_json, read_records, record_episodes,
-                            rollout_metrics, saved_steps, summary, table, token_classes, truth_logprobs,
-                            verified, world_checksum, write_atomically)
+from analyze_tokens import (checksum, lock, log_line, mean, newest_checkpoint, one_line, pretrained, probe,
+                            publish, read_json, read_records, record_episodes, rollout_metrics, saved_steps,
+                            summary, table, token_classes, truth_logprobs, verified, world_checksum,
+                            write_atomically)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
 from rollout import (STATES, TEMPLATES, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
@@ -43,7 +41,7 @@ from sft_step import (WHOLE, gather, gathered, is_sharded, my_share, rank, rank0
 from supervision import ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, sample_groups
 from tools import BFCL_PACKAGES, CATEGORIES, WORLDS, UserError
 
-SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous", "adaptive", "adaptive_random")
+SCHEDULES = ("rl", "sft", "sft_then_rl", "interleaved", "synchronous")
 BASE = Path(__file__).resolve().parent / "results/base"             # --model tiny
 WEIGHT_DECAY = 0.01                              # AdamW's
 GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warning
@@ -57,12 +55,9 @@ FLAGS = {
         ("steps", 60, 0, "RL steps"),
         ("sft_epochs", 0, 0, "passes over the rows in an SFT phase; 0 = the paper's: 3, between RL phases 2"),
         ("seed", 0, 0, "seed of the task order and of all sampling")],
-    "schedules interleaved, synchronous, adaptive": [
+    "schedules interleaved, synchronous": [
         ("phases", "1:2:3", None, "interleaved: the RL phases' shares of --steps; SFT phases between"),
-        ("sft_weight", 1.0, 0, "synchronous: weight of the cross-entropy in the RL update"),
-        ("alarm", "p/open|text", None, "adaptive: the probe's metric that rings above 3 x its start"),
-        ("burst_rows", 64, 1, "adaptive: rows of a burst of SFT, at every probe while the alarm rings"),
-        ("sft_budget", 384, 0, "adaptive: rows of all bursts together")],
+        ("sft_weight", 1.0, 0, "synchronous: weight of the cross-entropy in the RL update")],
     "signals": [
         ("sft_file", None, None, "sft: train on this file's dialogues (results/toolace.py)"),
         ("ops_k", 1, 1, "ops: ground-truth rollouts per group"),
@@ -191,12 +186,6 @@ def refuse_senseless(args, error):
         if issubclass(signal, ETS) and args.ets_window > min(lengths[:-1], default=args.ets_window):
             error(f"--ets_window {args.ets_window} is longer than the shortest RL phase before an SFT phase "
                   f"({min(lengths[:-1])} steps); lower it, or raise --steps")
-    adaptive = args.schedule.startswith("adaptive")
-    if adaptive and (args.sft_budget < args.burst_rows or args.probe_every < 1 or args.as_released):
-        error(f"--schedule {args.schedule} needs --probe_every, and a --sft_budget of at least --burst_rows "
-              f"{args.burst_rows}; and it is not the authors', so it does not go with --as_released")
-    if args.alarm not in PROBED:
-        error(f"--alarm {args.alarm} is not one of the probe's probabilities: {', '.join(PROBED)}")
     if args.world == "bfcl" and args.model == "tiny":
         error("--world bfcl needs a --model that can read, such as Qwen/Qwen2.5-1.5B-Instruct")
     if args.sft_file and not args.eval_only and (not issubclass(signal, SFT) or issubclass(signal, ETS)):
@@ -219,35 +208,18 @@ def phases(args):
 
 
 def plan(args):
-    """The schedule -> the parts of every step, in order:
+    """The schedule -> what each step does:
 
       "rl"          rollouts and policy updates
-      "sft"         beside "rl": cross-entropy on the signal's rows is one more term of the same updates
-      "sft_phase"   --sft_epochs passes over the rows that the signal has now; beside "rl": a burst, first"""
+      "rl+sft"      the same; cross-entropy on the signal's rows is one more term of the updates
+      "sft_phase"   --sft_epochs passes over the rows that the signal has now"""
     if args.schedule == "interleaved":
         steps = []
         for length in phases(args):
-            steps += [("rl",)] * length + [("sft_phase",)]
+            steps += ["rl"] * length + ["sft_phase"]
         return steps[:-1]
-    first = [("sft_phase",)] if args.schedule in ("sft", "sft_then_rl") else []
-    both = ("rl", "sft") if args.schedule == "synchronous" else ("rl",)
-    return first + [both] * (0 if args.schedule == "sft" else args.steps)
-
-
-def burst_due(run, step):
-    """adaptive: a burst of SFT before this step's rollouts, at probes, while the alarm rings and the budget
-    lasts. adaptive_random, the control: as many bursts as the budget pays for, at probes by the seed."""
-    args = run.args
-    spent = run.progress.rows + args.burst_rows > args.sft_budget
-    if spent or not args.schedule.startswith("adaptive") or step % args.probe_every:
-        return False
-    return run.alarm.on if args.schedule == "adaptive" else step in random_bursts(args)
-
-
-def random_bursts(args):
-    probes = range(args.probe_every, args.steps, args.probe_every)
-    n = min(len(probes), args.sft_budget // args.burst_rows)
-    return random.Random(f"{args.seed} bursts").sample(probes, n)
+    rl_steps = ["rl+sft" if args.schedule == "synchronous" else "rl"] * args.steps
+    return {"sft": ["sft_phase"], "sft_then_rl": ["sft_phase", *rl_steps]}.get(args.schedule, rl_steps)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -380,7 +352,7 @@ def limits_of(args, split="train"):
 #    `latest` is written after that, so a run killed at ANY moment leaves the previous checkpoint in force.
 
 
-def save_checkpoint(run, step, alarm):
+def save_checkpoint(run, step):
     """All ranks call it; rank 0 writes."""
     model, weights = run.model, None             # None: save_pretrained finds them itself
     moments = run.optimizer.state_dict()
@@ -393,7 +365,7 @@ def save_checkpoint(run, step, alarm):
     anchor = sharded_state.get_model_state_dict(run.reference, options=WHOLE) if moved else None
     if rank() != 0:
         return
-    state = {"progress": vars(run.progress) | {"step": step}, "alarm": alarm, "signal": run.signal.state(),
+    state = {"progress": vars(run.progress) | {"step": step}, "signal": run.signal.state(),
              "optimizer": moments, "rng": torch.get_rng_state(), "reference": anchor}
 
     def write(tmp):
@@ -416,7 +388,6 @@ def restore(run, checkpoint):
     else:
         run.optimizer.load_state_dict(state["optimizer"])
     run.signal.load(state["signal"])
-    vars(run.alarm).update(state["alarm"])
     torch.set_rng_state(state["rng"])
     if state["reference"]:
         sharded_state.set_model_state_dict(run.reference, state["reference"], options=WHOLE)
@@ -486,7 +457,7 @@ class Progress:
     step: int = 0
     rl_steps: int = 0
     rows: int = 0  # supervised rows trained; the position in the stream of "sft"
-    phase: str = ""  # the last step's parts: "rl", "sft_phase", "rl+sft", "sft_phase+rl"
+    phase: str = ""                              # of the last step, see `plan`
     since_switch: int = 0                        # steps since they changed
 
 
@@ -535,8 +506,8 @@ def build(args, device):
         args=args, world=world, tasks=tasks, sets=sets, test_sets=test_sets, signal=signal, model=model,
         chat=chat, engine=make_engine(args, model, chat), reference=reference,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY),
-        probe_rows=probe_rows, at_start=at_start, classes=token_classes(chat), alarm=Alarm(),
-        progress=Progress(), wandb=None)
+        probe_rows=probe_rows, at_start=at_start, classes=token_classes(chat), progress=Progress(),
+        wandb=None)
     if checkpoint:
         restore(run, checkpoint)
     return run
@@ -551,21 +522,14 @@ def refuse_long_prompts(chat, limits, *sets):
 
 
 def look(run, step, last):
-    """The state BEFORE step number `step`: probe and alarm, evaluation, checkpoint, each when it is due"""
+    """The state BEFORE step number `step`: probe, evaluation, checkpoint, each when it is due"""
     args, metrics = run.args, Path(run.args.out) / "metrics.jsonl"
     due = lambda every: every > 0 and step % every == 0
-    alarm = copy.deepcopy(vars(run.alarm))  # as a checkpoint of this step must hold it: before this probe
     if args.probe_every > 0 and (step == last or due(args.probe_every)):
         with gathered(run.model):
             found = rank0_first(lambda: probe(run.model, run.chat, run.probe_rows, args.micro_tokens,
                                               classes=run.classes, start=run.at_start))
-        if args.alarm not in found:
-            raise UserError(f"--alarm {args.alarm} is about a place that --syntax {args.syntax} lacks.")
-        was_on = run.alarm.on
-        if run.alarm.update(found[args.alarm]) and not was_on:
-            now, first = found[args.alarm], mean(run.alarm.first)
-            say(f"step {step:4d}  ALARM: {args.alarm} is {now:.3g}, at first {first:.3g}")
-        log_line(metrics, {"step": step, "alarm": int(run.alarm.on)} | found, run.wandb)
+        log_line(metrics, {"step": step} | found, run.wandb)
     for name, sets, now in (("eval", run.sets, step in (0, last) or due(args.eval_every)),
                             ("test", run.test_sets, step == last)):
         if sets and now:
@@ -574,16 +538,16 @@ def look(run, step, last):
             say(f"step {step:4d}  {name} " + "  ".join(f"{k} {scores[k]:.3f}" for k in sets))
             log_line(metrics, {"step": step} | {f"{name}/{k}": v for k, v in scores.items()}, run.wandb)
     if step > run.progress.step and (step == last or due(args.save_every)):
-        save_checkpoint(run, step, alarm)
+        save_checkpoint(run, step)
 
 
-def enter_phase(run, parts):
+def enter_phase(run, phase):
     """Has the phase changed? --as_released restarts there. -> the factor of RL's warm-up"""
-    args, progress, phase = run.args, run.progress, "+".join(parts)
+    args, progress = run.args, run.progress
     if phase != progress.phase:
         if args.as_released:
             run.optimizer.state.clear()
-            if run.reference and "rl" in parts:
+            if run.reference and phase != "sft_phase":
                 run.reference.load_state_dict(run.model.state_dict())
         progress.phase, progress.since_switch = phase, 0
     if args.as_released:
@@ -628,16 +592,15 @@ def train(run):
     for step in tqdm(range(start, len(schedule)), args.out, len(schedule), initial=start, disable=quiet):
         look(run, step, len(schedule))
         began = time.time()
-        parts = ("sft_phase", "rl") if burst_due(run, step) else schedule[step]
-        warm = enter_phase(run, parts)
-        log = {"step": step, "phase": run.progress.phase, "skipped_updates": 0}
+        phase = schedule[step]
+        warm = enter_phase(run, phase)
+        log = {"step": step, "phase": phase}
 
-        if "sft_phase" in parts:
+        if phase == "sft_phase":
             # ---- a whole SFT phase, on the rows that the signal has now
             rows = supervised_rows(run, log)
             log |= sft_phase(model, optimizer, rows, args, seed=f"{args.seed} phase {step}")
-
-        if "rl" in parts:
+        else:
             # ---- roll out: G conversations for each prompt; whole groups stay on one rank
             position, mine = progress.rl_steps * args.prompts, my_share(range(args.prompts))
             batch = shuffled_passes(run.tasks, position, args.prompts, f"{args.seed} prompts")
@@ -656,12 +619,10 @@ def train(run):
             # ---- advantages: compared with the own group
             adv = advantages(credit, [e.group_id for e in episodes], args.only)
             # ---- policy updates; synchronous supervision is one more term of their loss
-            rows = supervised_rows(run, log) if "sft" in parts else []
-            updates = policy_updates(
+            rows = supervised_rows(run, log) if phase == "rl+sft" else []
+            log |= policy_updates(
                 model, optimizer, episodes, adv, args, lr=args.lr * warm, signal=signal, chat=run.chat,
                 reference=run.reference, rows=rows, position=progress.rows)
-            updates["skipped_updates"] += log["skipped_updates"]     # those of a burst before
-            log |= updates
             progress.rl_steps += 1
 
         # ---- log

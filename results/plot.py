@@ -1,5 +1,4 @@
-"""results/plot.py -- runs side by side, drawn: reward, message states, the open tag with the alarm, how far
-the model moved.
+"""results/plot.py -- runs side by side, drawn: reward, message states, the open tag, how far the model moved.
 
     python results/plot.py a.png runs/a runs/b           (run folders, their metrics.jsonl, or a study's CSV)
 """
@@ -28,8 +27,7 @@ def pyplot():
 
 def draw(paths, png):
     """One column per run, one time axis: reward; shares of the message states, stacked; the open tag where
-    text should begin, with the alarm; how far the model has moved. Dotted line: collapse. Grey band: the
-    alarm is on."""
+    text should begin; how far the model has moved. Dotted line: collapse."""
     plt = pyplot()
     fig, axes = plt.subplots(4, len(paths), figsize=(1 + 3.2 * len(paths), 7.6), sharex="col", sharey="row",
                              squeeze=False, height_ratios=[1, 1.4, 1, 0.8])
@@ -65,11 +63,6 @@ def draw_run(column, records, name):
         if any(r.get(kl) for r in records):
             moved.plot(*smooth(records, kl, 1), line, label=label)
     moved.set_xlabel("step")
-    alarm, last = {r["step"]: r["alarm"] for r in records if "alarm" in r}, max(r["step"] for r in records)
-    for step, then in zip(alarm, [*list(alarm)[1:], last]):
-        if alarm[step]:
-            reward.axvspan(step, then, color="#dddddd", zorder=0)
-            spike.axvspan(step, then, color="#dddddd", zorder=0)
     if phases := [r["step"] for r in records if "sft_updates" in r]:
         reward.plot(phases, [0] * len(phases), "k^", ms=4, clip_on=False)
     verdict = "no collapse"

@@ -53,8 +53,6 @@ RECIPES = {
     "lr2e-4+mask+sft": Recipe(f"{SLOW} {MASK} --signal sft {SYNC}", 3),
     "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 3),
     "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
-    "lr2e-4+mask+ets+alarm": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive", 3),
-    "lr2e-4+mask+ets+random": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive_random", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
 }
 # The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-import train
-from analyze_tokens import Alarm, collapse, mean, smooth
+from analyze_tokens import collapse, mean, smooth
 from rl_step import PRESSURES
 from rollout import STATES, is_clean
 from study import DATA, FAST, RECIPES, STUDY
@@ -67,8 +66,9 @@ def start(column):
 
 def supervised(name, records):
     """Rows of supervision that the run has trained: by cross-entropy, or as the ground truth of ops"""
-    args, steps = train.parse_args(RECIPES[name].flags.split()), sum("reward" in r for r in records)
-    in_groups = steps * args.prompts * args.ops_k if args.signal == "ops" else 0
+    in_groups = 0
+    if "--signal ops" in RECIPES[name].flags:    # one rollout of each of 12 groups
+        in_groups = 12 * sum("reward" in r for r in records)
     return sum(r.get("sft_visits", 0) for r in records) + in_groups
 
 
@@ -87,13 +87,15 @@ def fall(records, end=10):
 
 def rings(records, column, factor):
     """The step of the first probe above factor x the value at the start, or None. A metric of every step
-    counts with its mean since the last probe. (The fastest alarm that there can be: the one that train.py
-    listens to takes three probes as baseline, and two in a row.)"""
-    alarm, since = Alarm(factor, checks=1, baseline=1), []
+    counts with its mean since the last probe. (The fastest alarm that there can be: the one of `adaptive` took
+    three probes as baseline, and two in a row.)"""
+    first, since = None, []
     for r in records:
         if "p/open|text" in r:                   # a probe: before the training of its step
             values = [r[column]] if column.startswith("p/") else since
-            if values and alarm.update(mean(values)):
+            if values and first is None:
+                first = mean(values)
+            elif values and mean(values) > factor * first:
                 return r["step"]
             since = []
         since += [r[column]] if column in r else []

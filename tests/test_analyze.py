@@ -16,7 +16,7 @@ import study
 import study_pictures
 import study_tables
 import train
-from analyze_tokens import (Alarm, collapse, main, mean, probe, read_records, timeline, token_classes,
+from analyze_tokens import (collapse, main, mean, probe, read_records, timeline, token_classes,
                             truth_logprobs)
 from autopsy import Swapped, knows, repaired, risers, two_rules
 from rollout import STATES, HFEngine, Limits, begin, demonstrate, play, rollout
@@ -78,13 +78,6 @@ def test_json_class_is_punctuation_only(chat):
     spelled = {chat.text([i]) for i in token_classes(chat)["json"]}
     assert {'{"', '":', '",'} <= {s.strip() for s in spelled}
     assert not any(c.isalnum() for c in "".join(spelled))
-
-
-def test_alarm_rings_and_falls_silent_with_hysteresis():
-    alarm = Alarm(3, 2)
-    heard = [alarm.update(v) for v in (.02, .02, .02, .07, .05, .07, .08, .04, .02, .02, .07)]
-    assert heard == [False] * 6 + [True] * 3 + [False] * 2
-    assert not any(Alarm(3, 2).update(v) for v in [.02] * 20)
 
 
 def test_probe_knows_a_perfect_and_a_collapsed_model(model, chat):

@@ -184,7 +184,7 @@ def test_the_rate_of_a_phase_reaches_its_top():
     assert [phase_rate(u, 1, 0.3) for u in range(1)] == [1]
 
 
-def phase(monkeypatch, rows, schedule="interleaved", epochs=2, size=8, burst=64):
+def phase(monkeypatch, rows, schedule="interleaved", epochs=2, size=8):
     """-> the (names, rate) of the updates of an SFT phase, and its metrics"""
     updates = []
 
@@ -192,8 +192,8 @@ def phase(monkeypatch, rows, schedule="interleaved", epochs=2, size=8, burst=64)
         updates.append(([row.name for row in some], lr))
         return {"sft_loss": 4.0 - len(updates), "grad_norm": 1.0, "skipped_updates": 0}
     monkeypatch.setattr(sft_step, "sft_update", update)
-    args = SimpleNamespace(schedule=schedule, sft_epochs=epochs, sft_batch=size, burst_rows=burst,
-                           sft_lr=0.01, micro_tokens=100)
+    args = SimpleNamespace(schedule=schedule, sft_epochs=epochs, sft_batch=size, sft_lr=0.01,
+                           micro_tokens=100)
     return updates, sft_phase(None, None, rows, args, "seed")
 
 
@@ -207,8 +207,6 @@ def test_a_phase_passes_over_its_rows(monkeypatch):
                        "sft_loss": 1.5, "sft_loss_first": 3.0, "sft_loss_last": 0.0, "grad_norm": 1.0}
     updates, _ = phase(monkeypatch, conversations(*[4] * 20), "sft", epochs=1)       # SFT first: 10 % warm-up
     assert [lr for _, lr in updates[:2]] == pytest.approx([.01, .01]) and len(updates) == 10
-    updates, metrics = phase(monkeypatch, conversations(4, 3, 5, 4), "adaptive", burst=6)
-    assert metrics["sft_visits"] == 6 == sum(len(names) for names, _ in updates)     # a burst counts rows
     assert phase(monkeypatch, []) == ([], {"sft_rows": 0, "sft_updates": 0, "sft_visits": 0,
                                            "skipped_updates": 0})
 

@@ -1,6 +1,5 @@
 """The run: the real command line, resuming, checkpoints, mistakes, two processes."""
 import copy
-import itertools
 import json
 import os
 import shutil
@@ -130,36 +129,10 @@ def test_sft_schedules(folder, schedule, phases):
     (["--schedule", "synchronous"], ["rl+sft"] * 4),
     (["--schedule", "interleaved", "--phases", "1:1"], ["rl", "rl", "sft_phase", "rl", "rl"]),
     (["--schedule", "interleaved", "--phases", "1:3"], ["rl", "sft_phase", "rl", "rl", "rl"]),
-    (["--schedule", "adaptive"], ["rl"] * 4),
 ])
 def test_plan(flags, expected):
     args = train.parse_args(["--signal", "none" if "rl" in flags else "sft", *flags, "--steps", "4"])
-    assert ["+".join(parts) for parts in train.plan(args)] == expected
-
-
-def test_adaptive_fires_when_the_alarm_rings_and_keeps_to_its_budget(folder, monkeypatch, capfd):
-    """The probe's values are scripted; the run is real: bursts at the probes after the alarm, none once the
-    budget is spent, and the same from a checkpoint in the middle of the alarm."""
-    values = [.01, .01, .01, .05, .05, .05, .05, .05, .001]          # rings at the fifth probe: two above .03
-    real = train.probe
-
-    def scripted(*args, **kw):
-        return real(*args, **kw) | {"p/open|text": values[next(count)]}
-    monkeypatch.setattr(train, "probe", scripted)
-    args = [*RUN, "--signal", "sft", "--schedule", "adaptive", "--steps", "8", "--probe_every", "1",
-            "--burst_rows", "6", "--sft_budget", "13", "--sft_batch", "18", "--eval_every", "-1",
-            "--save_every", "6", "--threads", "1"]
-    count = itertools.count()
-    assert train.cli([*args, "--out", "runs/adaptive"]) == 0
-    assert "step    4  ALARM: p/open|text is 0.05" in capfd.readouterr().out
-    steps = steps_of("runs/adaptive")
-    assert [r["phase"] for r in steps] == ["rl"] * 4 + ["sft_phase+rl"] * 2 + ["rl"] * 2  # 18 rows exceed 13
-    assert [(r["sft_visits"], r["sft_updates"], "reward" in r) for r in steps[4:6]] == [(6, 2, True)] * 2
-    assert [r["alarm"] for r in rows("runs/adaptive") if "alarm" in r] == [0] * 4 + [1] * 5
-    (folder / "runs/adaptive/checkpoints/latest").write_text("step-6")
-    count = itertools.count(6)
-    assert train.cli([*args, "--out", "runs/adaptive", "--resume"]) == 0
-    assert steps_of("runs/adaptive") == steps
+    assert train.plan(args) == expected
 
 
 def test_synchronous_supervision_counts_messages(folder, monkeypatch):
@@ -178,23 +151,6 @@ def test_synchronous_supervision_counts_messages(folder, monkeypatch):
     assert visits == [len(a) + len(b) for a, b in zip(trained[::2], trained[1::2])]
     in_order = [row.task_id for rows in trained for row in rows]
     assert len(set(in_order[:12])) == len(set(in_order[12:24])) == 12
-
-
-def test_random_bursts_spend_the_same_budget():
-    args = train.parse_args(["--signal", "ets", "--schedule", "adaptive_random", "--steps", "100"])
-    times = train.random_bursts(args)
-    assert len(set(times)) == len(times) == args.sft_budget // args.burst_rows
-    assert all(0 < t < 100 and t % args.probe_every == 0 for t in times)
-    args.seed = 1
-    assert set(train.random_bursts(args)) != set(times)
-
-
-def test_random_bursts_come_at_their_steps(folder):
-    args = [*RUN, "--signal", "sft", "--schedule", "adaptive_random", "--steps", "6", "--probe_every", "2",
-            "--burst_rows", "3", "--sft_budget", "3", "--eval_every", "-1", "--out", "runs/random-bursts"]
-    burst, = train.random_bursts(train.parse_args(args))
-    assert burst in (2, 4) and train.cli(args) == 0
-    assert [r["step"] for r in steps_of("runs/random-bursts") if r["phase"] == "sft_phase+rl"] == [burst]
 
 
 def test_what_the_advantages_are_made_of():
@@ -324,8 +280,6 @@ def test_eval_only(folder, capsys):
     (["--correction", "0.5"], "--correction is a cap of at least 1"),
     (["--correction", "2", "--as_released"], "--correction"),
     (["--compute_dtype", "bfloat16"], "--compute_dtype bfloat16 beside --dtype float32 needs --shard"),
-    (["--signal", "ets", "--schedule", "adaptive", "--sft_budget", "5"], "--sft_budget"),
-    (["--signal", "ets", "--schedule", "adaptive", "--probe_every", "-1"], "--probe_every"),
     (["--signal", "ets", "--schedule", "interleaved", "--phases", "1:0"], "--phases 1:0 must be shares"),
     (["--signal", "ets", "--schedule", "interleaved"], "has a phase without a step"),
     (["--signal", "ets", "--schedule", "interleaved", "--phases", "1:1"], "--ets_window 10 is longer than"),
@@ -344,7 +298,6 @@ def test_eval_only(folder, capsys):
     (["--seed", "-1"], "--seed: -1 must be at least 0"),
     (["--dtype", "bfloat16"], "train with --shard --compute_dtype bfloat16"),
     (["--dtype", "bfloat16", "--shard"], "train with --shard --compute_dtype bfloat16"),
-    (["--signal", "ets", "--schedule", "adaptive", "--as_released"], "does not go with --as_released"),
     (["--signal", "sft", "--schedule", "sft", "--max_messages", "1"], "does not fit into the limits"),
 ])
 def test_mistakes_are_one_sentence(folder, capfd, args, words):
@@ -357,18 +310,6 @@ def test_mistakes_are_one_sentence(folder, capfd, args, words):
     err = capfd.readouterr().err.strip().splitlines()
     assert status == 2 and words in err[-1] and "Traceback" not in "\n".join(err)
     assert set(folder.rglob("*")) == before, "a mistake must not leave anything behind"
-
-
-@pytest.mark.parametrize("alarm", ["p/nothing", "p/end|open"])
-def test_an_alarm_that_the_probe_does_not_measure(folder, capfd, alarm):
-    """Syntax B has no place right after <tool_call>."""
-    args = [*RUN, "--syntax", "B", "--alarm", alarm, "--out", f"runs/alarm-{len(alarm)}"]
-    try:
-        status = train.cli(args)
-    except SystemExit as error:
-        status = error.code
-    err = capfd.readouterr().err.strip().splitlines()
-    assert status == 2 and alarm in err[-1] and "Traceback" not in "\n".join(err)
 
 
 @pytest.mark.parametrize("args, words", [(["--size", "huge"], "invalid choice: 'huge'"),
