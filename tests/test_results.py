@@ -39,9 +39,11 @@ def test_story_holds_whole_runs_of_its_recipes():
     for path in sorted(story.DATA.glob("*.csv")):
         records = read_records(path)
         name, seed = re.fullmatch(r"(.+)-seed(\d+)", path.stem).groups()
-        assert int(seed) < story.RECIPES[name].seeds, path
+        assert int(seed) < story.STORY.recipes[name].seeds, path
         assert [r["step"] for r in records] == list(range(len(records))), path
         assert "final/average_clean" in records[-1], path
+        if name in story.RETIRED:                # its schedule is no longer in the code
+            continue
         args = train.parse_args(story.STORY.argv_of(name, seed))
         assert len(records) == len(train.plan(args)) + 1, path
 
