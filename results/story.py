@@ -44,6 +44,7 @@ RECIPES = {
     # the spike and its switch, at a rate where RL alone holds: are control tokens pushed down where they were
     # sampled in failed rollouts, and is an empty call worth a reply?
     "lr2e-4": Recipe(SLOW, 5),
+    "lr2e-4+ets": Recipe(f"{SLOW} --signal ets {SYNC}", 3),
     "lr2e-4+mask": Recipe(f"{SLOW} {MASK}", 5),
     "lr2e-4+strict": Recipe(f"{SLOW} {STRICT}", 3),
     "lr2e-4+mask+strict": Recipe(f"{SLOW} {MASK} {STRICT}", 5),
