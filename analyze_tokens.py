@@ -11,7 +11,6 @@ All but the first: results/checkpoints.py. Pictures: results/plot.py. What exact
 collapsed checkpoint: results/autopsy.py.
 """
 import argparse
-import csv
 import fcntl
 import json
 import os
@@ -49,29 +48,27 @@ def read_records(out):
     path = Path(out) if str(out).endswith((".jsonl", ".csv")) else Path(out) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
-    lines, records, i, is_csv = path.read_bytes().splitlines(), [], 0, path.suffix == ".csv"
-    try:
-        if is_csv:
-            for i, cells in enumerate(csv.DictReader(line.decode() for line in lines), 1):
-                records.append(checked(parse_cells(cells)))
-        else:
-            for i, line in enumerate(lines):
-                records.append(checked(json.loads(line.decode())))
-    except (*DAMAGE, RecursionError, csv.Error) as error:
-        cut = isinstance(error, ValueError) and i == len(lines) - 1 and not is_csv
-        if not cut:
-            raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest "
-                            f"({error!r}).") from error
+    lines, records, is_csv = path.read_bytes().splitlines(), [], path.suffix == ".csv"
+    for i in range(1 if is_csv else 0, len(lines)):
+        try:
+            record = read_cells(lines[0], lines[i]) if is_csv else json.loads(lines[i].decode())
+            if type(record["step"]) is not int:
+                raise TypeError("the step is not a whole number")
+            records.append(record)
+        except (*DAMAGE, RecursionError) as error:
+            if is_csv or i < len(lines) - 1 or not isinstance(error, ValueError):
+                raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest "
+                                f"({error!r}).") from error
     if Path(out).is_dir() and (Path(out) / "kl.jsonl").exists():
         records += read_records(Path(out) / "kl.jsonl")              # what --kl has measured
     return records
 
 
-def checked(record):
-    """{"step": 3, ...} -> the same. What has no step is no record."""
-    if type(record["step"]) is not int:
-        raise TypeError("the step is not a whole number")
-    return record
+def read_cells(header, line):
+    """b"step,reward,lr,phase", b"3,0.5,,rl" -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
+    kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
+    cells = zip(header.decode().split(","), line.decode().split(","), strict=True)
+    return {name: kind(name, text)(text) for name, text in cells if text}
 
 
 def log_line(path, record, wandb=None):
@@ -82,12 +79,6 @@ def log_line(path, record, wandb=None):
             f.write(json.dumps(rounded) + "\n")
         if wandb:
             wandb.log(rounded, step=record["step"])
-
-
-def parse_cells(record):
-    """{"step": "3", "reward": "0.5", "lr": "", "phase": "rl"} -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
-    kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
-    return {name: kind(name, text)(text) for name, text in record.items() if text}
 
 
 def smooth(records, name, window=5):
@@ -113,25 +104,23 @@ RIGHT = {"open": "call", "close": "close", "end": "last", "start": None}     # <
 
 @dataclass
 class Place:
-    row: int                                     # which ground-truth row
     position: int  # of the token there; the logits that predict it stand one before
+    token: int
     slot: str
-    call: int | None                             # where the call began that it is part of; None: in a text
+    is_call: bool                                # the message is a call
 
 
-def places(chat, row, number=0):
+def places(chat, row):
     """A ground-truth Episode -> [Place] of every token that the assistant says.
 
       <tool_call> \\n   {"    .. }}      \\n      </tool_call> <|im_end|>         Done . <|im_end|>
       call        open in_call .. in_call in_call close        last              text in_text last"""
     found = []
-    for span in row.spans:
-        if span.who != "model":
-            continue
+    for span in [span for span in row.spans if span.who == "model"]:
         is_call = span.state == "call"
         for t in range(span.start, span.end):
             slot = "in_call" if is_call else "in_text"
-            if t > 0 and row.ids[t - 1] == chat.open_id:
+            if row.ids[t - 1] == chat.open_id:
                 slot = "open"
             if row.ids[t] == chat.close_id:
                 slot = "close"
@@ -139,7 +128,7 @@ def places(chat, row, number=0):
                 slot = "last"
             if t == span.start:
                 slot = "call" if is_call else "text"
-            found.append(Place(number, t, slot, span.start if is_call else None))
+            found.append(Place(t, row.ids[t], slot, is_call))
     return found
 
 
@@ -167,25 +156,23 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
       p/CLASS|SLOT      mean probability of the class (open, close, end, start, json, content) in such slots:
                         p/open|text  is P(<tool_call>) where text should begin; p/open|call is healthy near 1
       p/CLASS|off       the same over ALL places where another token is right
-      p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (the
-                        second factor is measured in places for a call: no ground truth has a tag in one for
-                        text)
+      p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (no
+                        ground truth has a tag in a place for text: the second factor is of calls)
       p/calls_exact     share of ground-truth calls whose every token is the model's first choice: can it
                         still use tools? (The first token is given: calling at all is p/open|call.)
       p/log_likelihood  mean log p of the ground truth
       p/moved           mean |log p - log p_start|; start: truth_logprobs of the model at the run's start"""
     model.eval()
-    classes, total, exact, log_likelihood = classes or token_classes(chat), {}, {}, []
+    classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
     for batch in micro_batches(rows, micro_tokens):
         layout = Layout(batch, model.device)
         hidden, where, lines = trunk(model, layout)[0], [], []       # [T, D]
-        for number, row in enumerate(batch):
-            found = places(chat, row, number)
+        for row, line_of in zip(batch, layout.place):
+            found = places(chat, row)
             where += found
-            lines += [layout.place[number][place.position - 1] for place in found]
+            lines += [line_of[place.position - 1] for place in found]
         h = hidden[lines]                                                                            # [N, D]
-        target = [batch[place.row].ids[place.position] for place in where]
-        target = torch.tensor(target, device=h.device)                                               # [N]
+        target = torch.tensor([place.token for place in where], device=h.device)                     # [N]
         first_choice, p = [], []
         for part, wanted in zip(h.split(chunk), target.split(chunk)):
             logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                # [n, V]
@@ -196,18 +183,18 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
             named = dict(zip(classes, values)) | {"content": 1 - sum(values)}
             for name, value in named.items():
                 total.setdefault(f"p/{name}|{place.slot}", []).append(value)
-                if name in RIGHT and batch[place.row].ids[place.position] not in classes[name]:
+                if name in RIGHT and place.token not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
-            if place.call is not None:
-                begins = place.slot == "call"
-                call = (id(batch[place.row]), place.call)
-                exact[call] = begins or (exact[call] and is_first)
+            if place.slot == "call":
+                exact.append(True)
+            elif place.is_call:
+                exact[-1] = exact[-1] and is_first
     metrics = {name: mean(total[name]) for name in PROBED if name in total}      # syntax B lacks two slots
     if start:
         pairs = zip(log_likelihood, start, strict=True)
         metrics["p/moved"] = mean(abs(now - before) for now, before in pairs)
     return metrics | {"p/short_circuit": metrics["p/open|text"] * metrics.get("p/end|open", 0.0),
-                      "p/calls_exact": mean(exact.values()), "p/log_likelihood": mean(log_likelihood)}
+                      "p/calls_exact": mean(exact), "p/log_likelihood": mean(log_likelihood)}
 
 
 @torch.no_grad()
@@ -360,13 +347,10 @@ def summary(out):
 def timeline(records, points=12):
     """The run over time: at most `points` lines, each the mean of its stretch of steps."""
     names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
-             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact",
-             "moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}
-    for short, name in {"moved": "p/moved", "kl_start": "kl_start"}.items():
-        if not any(name in r for r in records):
-            del names[short]
-    if not any(r.get("kl_ref") for r in records):
-        del names["kl_ref"]                      # it is 0 where there is no reference model
+             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
+    for short, name in {"moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}.items():
+        if any(r.get(name) for r in records):    # kl_ref is 0 where there is no reference model
+            names[short] = name
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
     lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]
