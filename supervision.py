@@ -5,9 +5,7 @@ rollout before the update (`before_update`), what enters the policy loss (`ratio
 rollouts (`observe`), and which rows are trained with cross-entropy (`rows`). What it does not override is
 vanilla GRPO.
 
-The SCHEDULE (train.py, `plan`, `burst_due`) decides when rows are trained: never (rl), alone (sft,
-sft_then_rl), in phases between RL phases (interleaved), when the alarm rings (adaptive), at random times
-(adaptive_random), or as one more term of each RL update (synchronous).
+WHEN rows are trained is for the schedule to say (train.py: `plan`, `burst_due`).
 
     1. signals       none, SFT, OPS, HBG, ETS, PRS; `sample_groups` lets them write a step's rollouts
     2. reflections   PRS's texts: the embedded judge's, and the prompts for a real one
@@ -15,14 +13,13 @@ sft_then_rl), in phases between RL phases (interleaved), when the alarm rings (a
 """
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 
 import torch
 from tqdm import tqdm
@@ -88,12 +85,10 @@ class SFT(Signal):
         super().__init__(*args)
         if self.args.sft_file:
             rows = self.read_dialogues(self.args.sft_file)
-            self.demonstrations = dict(enumerate(rows))
-            return
-        self.demonstrations = {}
-        for id, task in self.tasks.items():
-            self.demonstrations[id] = demonstrate(self.chat, task, self.args.syntax, self.limits,
-                                                  self.args.closing)
+        else:
+            rows = [demonstrate(self.chat, task, self.args.syntax, self.limits, self.args.closing)
+                    for task in self.tasks.values()]
+        self.demonstrations = {row.task_id: row for row in rows}
 
     def read_dialogues(self, path):
         """JSON lines of {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}, ...]}:
@@ -177,14 +172,6 @@ class HBG(Signal):
         return {"hint_log_ratio": total / max(n, 1)}
 
 
-@dataclass
-class Outcome:
-    """What ETS remembers of a rollout"""
-    step: int
-    task_id: str
-    reward: float
-
-
 class ETS(SFT):
     """Erroneous trajectory supervision: the ground truth of the tasks that failed in the last --ets_window RL
     steps. --ets_rule all: every rollout of the task in the window failed (the paper); any: one did (the
@@ -193,17 +180,18 @@ class ETS(SFT):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.outcomes = []                       # of the policy's rollouts in the window
+        self.outcomes = []  # [{"step": 3, "task_id": "t0", "reward": 1.0}], of the policy, in the window
 
     def observe(self, step, episodes):
-        self.outcomes += [Outcome(step, e.task_id, e.reward) for e in episodes if e.source == "policy"]
-        self.outcomes = [o for o in self.outcomes if o.step > step - self.args.ets_window]
+        for e in [e for e in episodes if e.source == "policy"]:
+            self.outcomes.append({"step": step, "task_id": e.task_id, "reward": e.reward})
+        self.outcomes = [o for o in self.outcomes if o["step"] > step - self.args.ets_window]
 
     def failed(self):
         """-> task ids, in the order of their first appearance"""
         rewards = {}
         for o in self.outcomes:
-            rewards.setdefault(o.task_id, []).append(o.reward)
+            rewards.setdefault(o["task_id"], []).append(o["reward"])
         enough = all if self.args.ets_rule == "all" else any
         return [task_id for task_id, of_task in rewards.items() if enough(reward == 0 for reward in of_task)]
 
@@ -211,20 +199,10 @@ class ETS(SFT):
         return [self.demonstrations[task_id] for task_id in self.failed()]
 
     def state(self):
-        return {"outcomes": [vars(o) for o in self.outcomes]}
+        return {"outcomes": self.outcomes}
 
     def load(self, state):
-        self.outcomes = [Outcome(**o) for o in state["outcomes"]]
-
-
-@dataclass
-class Reflection:
-    """What PRS asked about a rollout. answer: the embedded judge's; a real one answers later, in rows()"""
-    step: int
-    kind: str                                    # whole | error
-    task_id: str
-    prompt: str
-    answer: str | None
+        self.outcomes = state["outcomes"]
 
 
 class PRS(ETS):
@@ -235,36 +213,38 @@ class PRS(ETS):
     def __init__(self, *args):
         super().__init__(*args)
         self.judge = Judge(self.args.judge_url, self.args.judge_model) if self.args.judge_url else None
-        self.reflections = []                    # of the window
+        self.reflections = []                    # of the window, as dicts
 
     def observe(self, step, episodes):
         super().observe(step, episodes)
         for e in [e for e in episodes if e.sample == 1]:
             task = self.tasks[e.task_id]
             for kind, prompt in reflection_prompts(task, e, self.args.syntax, real=bool(self.judge)):
-                answer = None if self.judge else EMBEDDED_JUDGE[kind](task, e, self.args.syntax)
-                self.reflections.append(Reflection(step, kind, task.id, prompt, answer))
-        self.reflections = [r for r in self.reflections if r.step > step - self.args.ets_window]
+                asked = {"step": step, "kind": kind, "task_id": task.id, "prompt": prompt, "answer": None}
+                if not self.judge:               # a real one answers later, in rows()
+                    asked["answer"] = EMBEDDED_JUDGE[kind](task, e, self.args.syntax)
+                self.reflections.append(asked)
+        self.reflections = [r for r in self.reflections if r["step"] > step - self.args.ets_window]
 
     def rows(self):
-        answers = [r.answer for r in self.reflections]
+        answers = [r["answer"] for r in self.reflections]
         if self.judge:
-            answers = self.judge.answers([r.prompt for r in self.reflections])
+            answers = self.judge.answers([r["prompt"] for r in self.reflections])
         rows = []
         for r, answer in zip(self.reflections, answers, strict=True):
             if answer:
-                talk = [{"role": "user", "content": r.prompt}, {"role": "assistant", "content": answer}]
-                rows.append(dialogue_row(self.chat, f"{r.kind}:{r.task_id}", talk))
+                talk = [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": answer}]
+                rows.append(dialogue_row(self.chat, f"{r['kind']}:{r['task_id']}", talk))
         rows = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.left_out = len(self.reflections) - len(rows)
         return super().rows() + rows
 
     def state(self):
-        return super().state() | {"reflections": [vars(r) for r in self.reflections]}
+        return super().state() | {"reflections": self.reflections}
 
     def load(self, state):
         super().load(state)
-        self.reflections = [Reflection(**r) for r in state["reflections"]]
+        self.reflections = state["reflections"]
 
 
 SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs": PRS}
@@ -318,10 +298,10 @@ def right(turn, syntax):
     return write_calls(turn.calls, syntax) if turn.calls else f"no call, but: {turn.reply}"
 
 
-def log_of(task, episode, syntax, last=None):
-    """The turns 0..last with their ground truth, for the judge to read"""
+def log_of(task, episode, syntax, n_turns=None):
+    """The first n_turns with their ground truth, for the judge to read; None: all"""
     lines = []
-    for t, turn in enumerate(task.turns[:None if last is None else last + 1]):
+    for t, turn in enumerate(task.turns[:n_turns]):
         lines += [f"turn {t + 1}", f"user: {turn.user}"]
         for s in episode.spans:
             if s.turn == t and s.who in ("model", "tool"):
@@ -351,7 +331,7 @@ def reflection_prompts(task, episode, syntax, real=False):
     """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if any. real: for a model"""
     prompts = [("whole", f"{JUDGE_WHOLE if real else ASK_WHOLE}\n\n{log_of(task, episode, syntax)}")]
     if episode.failed_turn is not None:
-        log = log_of(task, episode, syntax, episode.failed_turn)
+        log = log_of(task, episode, syntax, episode.failed_turn + 1)
         prompts.append(("error", f"{JUDGE_ERROR if real else ASK_ERROR}\n\n{log}"))
     return prompts
 
@@ -511,22 +491,18 @@ class Judge:
         rest is not asked; as long as it is down, later calls wait for one request's time at most."""
         found = {prompt: self._stored(prompt) for prompt in prompts}             # equal ones are asked once
         unknown = [prompt for prompt in found if found[prompt] is None]
-        todo, done, self.trouble = [None] * self.workers + unknown, SimpleQueue(), None
-
-        def work():
-            for prompt in iter(todo.pop, None):  # None: nothing is left for this thread
-                done.put((prompt, self._answer(prompt)))
-        for _ in unknown[:self.workers]:
-            Thread(target=work, daemon=True).start()     # a daemon: Ctrl-C does not wait for its request
         until = time.monotonic() + (self.timeout if self.failed_in_a_row >= self.give_up else self.patience)
+        # The threads are daemons: neither Ctrl-C nor the end of the time waits for the requests they are at.
+        self.trouble, pool = None, ThreadPool(self.workers)
+        answered = pool.imap_unordered(lambda prompt: (prompt, self._answer(prompt)), unknown)
         try:
             for _ in tqdm(unknown, "judge", leave=False, disable=None):
-                prompt, found[prompt] = done.get(timeout=max(0, until - time.monotonic()))
+                prompt, found[prompt] = answered.next(timeout=max(0, until - time.monotonic()))
                 if self.failed_in_a_row >= self.give_up:
                     break
-        except Empty:                            # the time is up; a late answer makes it 0 again
+        except multiprocessing.TimeoutError:     # the time is up; a late answer makes it 0 again
             self.failed_in_a_row = self.give_up
-        todo[:] = [None] * self.workers          # the threads end with the requests that they are at
+        pool.terminate()                         # no further question is asked
         if missing := sum(found[prompt] is None for prompt in unknown):
             tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble})")
         return [found[prompt] for prompt in prompts]
