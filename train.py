@@ -49,7 +49,7 @@ WEIGHT_DECAY = 0.01                              # AdamW's
 GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warning
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Flags: name, default (the laptop's), what is allowed (the least number, a range, or choices), help
+# 1. Flags: name, default (the laptop's), what is allowed (the least number, or choices), help
 FLAGS = {
     "recipe": [
         ("signal", "none", SIGNALS, "supervision beside the reward (supervision.py); none = vanilla GRPO"),
@@ -89,7 +89,7 @@ FLAGS = {
     "world": [
         ("world", "tiny", WORLDS, "tiny = the embedded one; bfcl = BFCL's multi-turn tasks (pip install "
          f"--no-deps {BFCL_PACKAGES}), with the paper's values as defaults: {WORLDS['bfcl'].defaults}"),
-        ("validation", 20, range(100), "bfcl: of 100 training stories, those set aside for evaluation"),
+        ("validation", 20, 0, "bfcl: of 100 training stories, those set aside for evaluation"),
         ("syntax", "A", ("A", "B"), "A = <tool_call> JSON, B = [f(a='x')]; the other one is format-OOD"),
         ("closing", "lenient", ("lenient", "strict"), "lenient = a message without a complete call ends the "
          "user turn, whatever it holds (the paper); strict = a malformed one fails"),
@@ -139,7 +139,12 @@ def parse_args(argv=None):
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, default, allowed, help in flags:
-            group.add_argument(f"--{name}", default=default, help=help, **reading(default, allowed))
+            how = {"type": type(default)}        # a number
+            if default is False:
+                how = {"action": "store_true"}
+            elif default is None or isinstance(default, str):
+                how = {"choices": allowed}
+            group.add_argument(f"--{name}", default=default, help=help, **how)
     args = p.parse_args(argv)
     p.set_defaults(**WORLDS[args.world].defaults)
     args = p.parse_args(argv)
@@ -152,26 +157,15 @@ def parse_args(argv=None):
     return args
 
 
-def reading(default, allowed):
-    """How argparse reads a flag: its type is the default's; False makes a switch, None a text"""
-    if default is False:
-        return {"action": "store_true"}
-    if default is None or isinstance(default, str):
-        return {"choices": allowed}
-
-    def number(text):
-        value = type(default)(text)
-        if isinstance(allowed, range) and value not in allowed:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {allowed}")
-        if isinstance(allowed, (int, float)) and not value >= allowed:       # nan neither
-            raise argparse.ArgumentTypeError(f"{text} must be at least {allowed}")
-        return value
-    number.__name__ = type(default).__name__     # for argparse's "invalid int value"
-    return {"type": number}
-
-
 def refuse_senseless(args, error):
     """Flags that do not go together are refused before anything is built or written."""
+    for flags in FLAGS.values():
+        for name, default, least, help in flags:
+            value = getattr(args, name)
+            if isinstance(least, (int, float)) and not value >= least:           # nan neither
+                error(f"--{name}: {value} must be at least {least}")
+    if args.validation >= 100:
+        error(f"--validation: {args.validation} must be less than the 100 training stories")
     signal = SIGNALS[args.signal]                # by its class, so that a fork's subclass is checked too
     if args.schedule not in signal.schedules and not args.eval_only:
         error(f"--signal {args.signal} does not go with --schedule {args.schedule}; it goes with "
@@ -463,13 +457,14 @@ def open_folder(run):
         lock(out)
         check_run(run.args)                      # again: another process may have been faster
     write_atomically(out / "config.json", json.dumps(run_config(run.args), indent=1))
-    kept = {}                                    # both are read before one is written: either may be damaged
+    kept = {}                                    # all are read before one is written: each may be damaged
     for path in (out / "metrics.jsonl", out / "episodes.jsonl", out / "kl.jsonl"):
         if path.exists():
             kept[path] = [r for r in read_records(path) if r["step"] < step]
     for path, records in kept.items():
         shutil.copy(path, f"{path}.old")         # should the step be the wrong one
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    (out / "episodes.jsonl").touch()             # a run without RL steps has one too: an empty one
     folder = out / "checkpoints"
     for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
         shutil.rmtree(path)
