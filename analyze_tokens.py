@@ -7,8 +7,7 @@
     python analyze_tokens.py --kl runs/a                 KL to its starting model over training
     python analyze_tokens.py --tokens runs/a [--html a.html]         one conversation, token by token
 
-All but the first: results/checkpoints.py. Pictures: results/plot.py. What exactly is broken in a
-collapsed checkpoint: results/autopsy.py.
+All but the first: results/checkpoints.py. Pictures: results/plot.py. What is broken: results/autopsy.py.
 """
 import argparse
 import fcntl
@@ -30,16 +29,14 @@ from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Records: what a run has logged, one dict per line of metrics.jsonl
+# What reading records raises that no run has written: a metric that is a text, or is not there.
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def mean(values):
     """[1, 2] -> 1.5, [] -> 0.0"""
     values = list(values)
     return sum(values) / max(len(values), 1)
-
-
-# What reading records raises that no run has written: a metric that is a text, or is not there.
-DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def read_records(out):
@@ -150,7 +147,7 @@ def token_classes(chat):
 
 
 @torch.no_grad()
-def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, start=None):
+def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
     """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., ...}
 
       p/CLASS|SLOT      mean probability of the class (open, close, end, start, json, content) in such slots:
@@ -163,7 +160,7 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
       p/log_likelihood  mean log p of the ground truth
       p/moved           mean |log p - log p_start|; start: truth_logprobs of the model at the run's start"""
     model.eval()
-    classes, total, exact, log_likelihood = classes or token_classes(chat), {}, [], []
+    classes, total, exact, log_likelihood = token_classes(chat), {}, [], []
     for batch in micro_batches(rows, micro_tokens):
         layout = Layout(batch, model.device)
         hidden, where, lines = trunk(model, layout)[0], [], []       # [T, D]
@@ -253,8 +250,6 @@ def rollout_metrics(episodes, credit):
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Collapse
-
-
 MEASURES = {"reward": "task reward (the paper's measure)",
             "reward_clean": "clean reward (solved, every message a complete call or plain text)"}
 
@@ -284,18 +279,13 @@ def collapse(records, window=5, name="reward", share=0.1):
 
 
 def one_line(record):
-    line = f"step {record['step']:4d}  {record['phase']:3s}"
-    if "reward" in record:
-        states = "  ".join(f"{s} {record[f'state/{s}']:.2f}" for s in STATES)
-        line += f"  reward {record['reward']:.3f}  mixed {record['mixed_groups']:.2f}  |  {states}"
-        line += f"  |  entropy {record['entropy']:.3f}"
-    if "sft_rows" in record:
-        line += f"  {record['sft_updates']} SFT updates on {record['sft_rows']} rows"
-    if "sft_loss" in record:
-        line += f"  sft_loss {record['sft_loss']:.3f}"
-    if "grad_norm" in record:
-        line += f"  grad {record['grad_norm']:.2f}"
-    return f"{line}  {record['seconds']:.1f} s"
+    """-> "step    3  rl   reward 0.250  mixed 0.42  |  call 0.50  ..  |  entropy 0.310  grad 0.52  1.4 s" """
+    formats = {"reward": "reward {:.3f}", "mixed_groups": "mixed {:.2f}  |",
+               **{f"state/{s}": s + " {:.2f}" for s in STATES}, "entropy": "|  entropy {:.3f}",
+               "sft_updates": "{} SFT updates", "sft_rows": "on {} rows", "sft_loss": "sft_loss {:.3f}",
+               "grad_norm": "grad {:.2f}", "seconds": "{:.1f} s"}
+    parts = [text.format(record[name]) for name, text in formats.items() if name in record]
+    return "  ".join([f"step {record['step']:4d}", f"{record['phase']:3s}", *parts])
 
 
 def table(columns):
@@ -317,9 +307,7 @@ def summary(out):
         text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good):")
         for name, meaning in MEASURES.items():
             one, (_, values) = found[name], smooth(records, name)
-            what = "no"
-            if one:
-                what = f"at step {one['step']}, peak {one['peak']:.2f} at step {one['peak_step']}"
+            what = "at step {step}, peak {peak:.2f} at step {peak_step}".format(**one) if one else "no"
             text.append(f"  by the {meaning}: {what}; last 5 steps {values[-1]:.2f}")
         shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
         text.append(f"What the messages became: {shift}.")
@@ -349,7 +337,8 @@ def timeline(records, points=12):
     names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
              "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
     for short, name in {"moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}.items():
-        if any(r.get(name) for r in records):    # kl_ref is 0 where there is no reference model
+        found = [r[name] for r in records if name in r]
+        if any(found) or (found and name != "kl_ref"):               # 0: there is no reference model
             names[short] = name
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
@@ -536,11 +525,11 @@ def main(argv=None):
         from checkpoints import VIEWS
     for out in args.runs:
         try:
-            if args.view is None:
-                text = "\n\n".join([f"== {out}", timeline(read_records(out)), summary(out)])
+            if args.view:
+                text = VIEWS[args.view](out, args)
             else:
-                text = f"== {out}\n\n{VIEWS[args.view](out, args)}"
-            print(text, end="\n\n")
+                text = f"{timeline(read_records(out))}\n\n{summary(out)}"
+            print(f"== {out}\n\n{text}\n")
         except (UserError, *DAMAGE) as error:    # say it, and go on with the other runs
             reason = error if isinstance(error, UserError) else f"{out} is not as a run leaves it: {error!r}"
             print(f"analyze_tokens.py: error: {reason}", file=sys.stderr)

@@ -31,8 +31,7 @@ from sft_step import (at_trained, in_step, message_batches, micro_batches, my_sh
 
 
 def assign_credit(episodes, kind, seed, step):
-    """--reward -> the numbers that the advantages are made of, one per episode; the metric `reward` stays the
-    task's.
+    """--reward -> what the advantages are made of, a number per episode; the metric `reward` is the task's.
 
       task      the episode's reward
       format    the same, + 0.5 if every message is clean
@@ -73,6 +72,8 @@ def advantages(credit, group_ids, only=None):
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. The loss of a token
+DUAL_CLIP = 3.0
+PRESSURES = ("clean", "malformed", "others_up", "others_down")       # as metrics: push/open|clean, ...
 
 
 @dataclass
@@ -96,9 +97,6 @@ class Tokens:
 def clipped(ratio, adv, low, high):
     """min(rho A, clip(rho) A): pessimistic, nothing is gained by leaving the trust region   [N]"""
     return torch.min(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
-
-
-DUAL_CLIP = 3.0
 
 
 def grpo(t, low, high):
@@ -135,9 +133,6 @@ def sampler_weight(logp_old, sampler, cap):
     return (logp_old - sampler).clamp(max=math.log(cap)).exp()       # exp never overflows
 
 
-PRESSURES = ("clean", "malformed", "others_up", "others_down")       # as metrics: push/open|clean, ...
-
-
 def pressure(adv, p, target, malformed, ids):
     """Where does the push on a control token's logit come from? The policy gradient (at ratio 1 and without
     clipping: exactly that of a step's first update) moves logit k at place t by
@@ -163,11 +158,11 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
                 signal_ratio=None, masked_ids=(), watch=None, correction=0.0, micro_tokens=16_384):
     """Adds the gradient of  sum(policy loss) / n_tokens + kl_weight * sum(KL) / n_tokens  to .grad -> metrics
 
-    rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no
-    policy gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the
-    count, otherwise the step size would depend on how many groups happened to be mixed. signal_ratio: Tokens
-    -> ratio [N] (supervision.Signal.ratio). masked_ids: what a NEGATIVE advantage does not push. watch:
-    {"open": id, "end": id}, whose pressure is measured. correction: cap of sampler_weight, 0 = none."""
+    rows: Episodes of this rank, adv: their advantages. Rollouts with advantage 0 have no policy gradient:
+    they are left out of the forward pass (unless a KL term needs them) but stay in the count, otherwise the
+    step size would depend on how many groups happened to be mixed. signal_ratio: supervision.Signal.ratio.
+    masked_ids: what a NEGATIVE advantage does not push. watch: {"open": id, "end": id}, whose pressure is
+    measured. correction: cap of sampler_weight, 0 = none."""
     device, watch = model.device, watch or {}
     n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
     adv_of = {id(row): a for row, a in zip(rows, adv, strict=True)}
@@ -256,8 +251,7 @@ def set_old_logprobs(model, rows, correction, micro_tokens):
 
 
 def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, reference, chat, rows, position):
-    """--updates optimizer updates on this rank's episodes (with .logprobs_old), some of the groups each ->
-    metrics
+    """--updates optimizer updates on this rank's episodes, some of the groups each -> metrics
 
     rows: the signal's rows, if the schedule is synchronous: their cross-entropy is one more term of each
     update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""

@@ -35,6 +35,7 @@ from tools import APPS, ASKS, DOCS, TOOL_APP, UserError, ask
 class Signal:
     """none: vanilla GRPO. The base class of all others; see "Add your own" in README."""
     schedules = ("rl",)                          # with which it makes sense
+    remembers = ()                               # attributes (plain lists, dicts) that a checkpoint must hold
     left_out = 0                                 # rows that the last call of rows() could not make
     note = ""  # what the person at the keyboard should read before the run starts
 
@@ -70,11 +71,10 @@ class Signal:
         return {}
 
     def state(self):
-        """What a checkpoint must hold (plain lists and dicts), for `load`."""
-        return {}
+        return {name: getattr(self, name) for name in self.remembers}
 
     def load(self, state):
-        pass
+        vars(self).update(state)
 
 
 class SFT(Signal):
@@ -177,6 +177,7 @@ class ETS(SFT):
     steps. --ets_rule all: every rollout of the task in the window failed (the paper); any: one did (the
     paper's code)."""
     schedules = ("interleaved", "synchronous", "adaptive", "adaptive_random")
+    remembers = ("outcomes",)
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -198,17 +199,12 @@ class ETS(SFT):
     def rows(self):
         return [self.demonstrations[task_id] for task_id in self.failed()]
 
-    def state(self):
-        return {"outcomes": self.outcomes}
-
-    def load(self, state):
-        self.outcomes = state["outcomes"]
-
 
 class PRS(ETS):
     """Process reflection supervision: ETS's rows, plus a judge's reflections on one rollout of every prompt
     in the window (sample 1, the second of its group, whatever its reward, as in the paper). A row is: judge
     prompt -> judge answer."""
+    remembers = ("outcomes", "reflections")
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -238,13 +234,6 @@ class PRS(ETS):
         rows = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.left_out = len(self.reflections) - len(rows)
         return super().rows() + rows
-
-    def state(self):
-        return super().state() | {"reflections": self.reflections}
-
-    def load(self, state):
-        super().load(state)
-        self.reflections = state["reflections"]
 
 
 SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs": PRS}
@@ -290,8 +279,22 @@ def sample_groups(signal, engine, tasks, mine, seed):
 # 2. Reflections (PRS). Two texts per trajectory, trained as prompt -> answer:
 #      whole   every turn: what was asked, was it right, the corrected calls
 #      error   the turn that failed: root cause, fix, similar scenarios, one look-alike with another answer
-#    Both show the judge the step that really failed, and the ground truth with all its arguments, of every
-#    type.
+#    Both show the judge the step that really failed, and the ground truth with all its arguments.
+ASK_WHOLE = "Read each turn. Is it right? Write the cause and the right call."
+ASK_ERROR = ("The last turn is not right. Write the cause, the fix, similar turns, and one that is not "
+             "similar.")
+# The same two questions for a language model as judge, with what the paper asks of it.
+JUDGE_WHOLE = """Below is a conversation between a user and an assistant that calls tools. After each turn, \
+"right" is the ground truth.
+For every turn write: what the user wanted and what a correct answer does; whether the assistant's turn was \
+correct, and if not, the kind of mistake and its root cause; how to do better, with the corrected calls \
+exactly as in the ground truth, in the same syntax."""
+JUDGE_ERROR = """Below is a conversation between a user and an assistant that calls tools. Its LAST turn is \
+wrong; "right" is the ground truth.
+Write: the root cause, with two to four pieces of evidence from the log; the fix, with the corrected calls; \
+three to five similar scenarios of different kinds (a missing value, the wrong tool, a failed call, an \
+ambiguous request), each with its request, the typical mistake, the correct calls, and why; and one scenario \
+that looks alike but needs another solution."""
 
 
 def right(turn, syntax):
@@ -308,23 +311,6 @@ def log_of(task, episode, syntax, n_turns=None):
                 lines.append(f"{'assistant' if s.who == 'model' else 'result'}: {s.text}")
         lines.append(f"right: {right(turn, syntax)}")
     return "\n".join(lines)
-
-
-ASK_WHOLE = "Read each turn. Is it right? Write the cause and the right call."
-ASK_ERROR = ("The last turn is not right. Write the cause, the fix, similar turns, and one that is not "
-             "similar.")
-# The same two questions for a language model as judge, with what the paper asks of it.
-JUDGE_WHOLE = """Below is a conversation between a user and an assistant that calls tools. After each turn, \
-"right" is the ground truth.
-For every turn write: what the user wanted and what a correct answer does; whether the assistant's turn was \
-correct, and if not, the kind of mistake and its root cause; how to do better, with the corrected calls \
-exactly as in the ground truth, in the same syntax."""
-JUDGE_ERROR = """Below is a conversation between a user and an assistant that calls tools. Its LAST turn is \
-wrong; "right" is the ground truth.
-Write: the root cause, with two to four pieces of evidence from the log; the fix, with the corrected calls; \
-three to five similar scenarios of different kinds (a missing value, the wrong tool, a failed call, an \
-ambiguous request), each with its request, the typical mistake, the correct calls, and why; and one scenario \
-that looks alike but needs another solution."""
 
 
 def reflection_prompts(task, episode, syntax, real=False):
@@ -365,10 +351,8 @@ def reflect_whole(task, episode, syntax):
     lines = []
     for t, turn in enumerate(task.turns):
         why = cause(task, episode, t, syntax)
-        if why is None:
-            lines.append(f"turn {t + 1} is right")
-        else:
-            lines.append(f"turn {t + 1} is not right: {why}\nright: {right(turn, syntax)}")
+        verdict = f"not right: {why}\nright: {right(turn, syntax)}" if why else "right"
+        lines.append(f"turn {t + 1} is {verdict}")
     return "\n".join(lines)
 
 
@@ -376,8 +360,8 @@ def reflect_error(task, episode, syntax):
     """The embedded judge's text about the turn that failed"""
     t, rng = episode.failed_turn, random.Random(f"{task.id} {episode.failed_turn}")
     turn = task.turns[t]
-    last_tool = [tool for tool, _ in turn.calls][-1:]
-    tool = last_tool[0] if last_tool else rng.choice(sorted(task.docs))
+    called = [tool for tool, _ in turn.calls]
+    tool = called[-1] if called else rng.choice(sorted(task.docs))
     why = cause(task, episode, t, syntax) or "the state is not right"
     lines = [f"cause: {why}", f"fix: {right(turn, syntax)}"]
     if tool not in ASKS:                         # real data: only a language model can invent scenarios there

@@ -33,8 +33,8 @@ from transformers.utils import logging as hf_logging
 
 from analyze_tokens import (PROBED, Alarm, checksum, lock, log_line, mean, newest_checkpoint, one_line,
                             pretrained, probe, publish, read_json, read_records, record_episodes,
-                            rollout_metrics, saved_steps, summary, table, token_classes, truth_logprobs,
-                            verified, world_checksum, write_atomically)
+                            rollout_metrics, saved_steps, summary, table, truth_logprobs, verified,
+                            world_checksum, write_atomically)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
 from rollout import (STATES, TEMPLATES, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
@@ -245,8 +245,7 @@ def random_bursts(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Processes. Under torchrun every process runs this same script; rank r owns the groups g with
-#    g % world_size == r.
+# 2. Processes: under torchrun each runs this script; rank r owns the groups g with g % world_size == r
 
 
 def start_processes(args):
@@ -416,14 +415,12 @@ def restore(run, checkpoint):
         sharded_state.set_model_state_dict(run.reference, state["reference"], options=WHOLE)
 
 
-# What may differ between a run and its resumption: nothing that changes what is trained.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
-                  "kv_cache_gb", "wandb"}
-
-
 def run_config(args):
-    """The flags that a resumption must share; of those that name a file, the checksum of what is in it too"""
-    config = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    """The flags that a resumption must share: all that change what is trained. Of those that name a file, the
+    checksum of what is in it too"""
+    free = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
+            "kv_cache_gb", "wandb"}
+    config = {name: value for name, value in vars(args).items() if name not in free}
     for name in ("chat_template", "sft_file"):
         if config[name] and Path(config[name]).is_file():
             config[name] += f" (checksum {checksum(config[name])})"
@@ -530,8 +527,7 @@ def build(args, device):
         args=args, world=world, tasks=tasks, sets=sets, test_sets=test_sets, signal=signal, model=model,
         chat=chat, engine=make_engine(args, model, chat), reference=reference,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY),
-        probe_rows=probe_rows, at_start=at_start, classes=token_classes(chat), alarm=Alarm(),
-        progress=Progress(), wandb=None)
+        probe_rows=probe_rows, at_start=at_start, alarm=Alarm(), progress=Progress(), wandb=None)
     if checkpoint:
         restore(run, checkpoint)
     return run
@@ -553,7 +549,7 @@ def look(run, step, last):
     if args.probe_every > 0 and (step == last or due(args.probe_every)):
         with gathered(run.model):
             found = rank0_first(lambda: probe(run.model, run.chat, run.probe_rows, args.micro_tokens,
-                                              classes=run.classes, start=run.at_start))
+                                              start=run.at_start))
         if args.alarm not in found:
             raise UserError(f"--alarm {args.alarm} is about a place that --syntax {args.syntax} lacks.")
         was_on = run.alarm.on
@@ -584,14 +580,6 @@ def enter_phase(run, parts):
     if args.as_released:
         return min(1.0, progress.since_switch / (5 if args.schedule == "interleaved" else args.warmup))
     return min(1.0, (progress.rl_steps + 1) / args.warmup)
-
-
-def share_rollouts(run, step, episodes, credit):
-    """All ranks see all rollouts, for the metrics and for the signal; some of rank 0's are kept to be read"""
-    record_episodes(Path(run.args.out) / "episodes.jsonl", step, run.chat, episodes)
-    everyones, credit = gather(episodes), gather(credit)
-    run.signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
-    return rollout_metrics(everyones, credit)
 
 
 def supervised_rows(run, log):
@@ -640,7 +628,10 @@ def train(run):
                 episodes = sample_groups(signal, run.engine, batch, mine, seed=(args.seed, step))
             # ---- credit: what was each of them worth?
             credit = assign_credit(episodes, args.reward, args.seed, step)
-            log |= share_rollouts(run, step, episodes, credit) | {"rollout_s": time.time() - began}
+            record_episodes(Path(args.out) / "episodes.jsonl", step, run.chat, episodes)
+            everyones = gather(episodes)         # all ranks see all rollouts
+            signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
+            log |= rollout_metrics(everyones, gather(credit)) | {"rollout_s": time.time() - began}
             # ---- what the signal does before the update; p_old of what nobody sampled as it is trained
             episodes = signal.before_update(episodes)
             assert len(episodes) == len(credit), "before_update must keep every episode, in order"
@@ -718,8 +709,7 @@ def cli(argv=None):
         traceback.print_exc()
         status = 1
     if status and not alone:
-        # Die at once, so that torchrun ends the others: an orderly exit would wait, in the process group's
-        # destructor, for ranks that wait for this one.
+        # Die at once, so that torchrun ends the others: an orderly exit would wait for them, and they for us.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
