@@ -163,6 +163,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     step size would depend on how many groups happened to be mixed. signal_ratio: supervision.Signal.ratio.
     masked_ids: what a NEGATIVE advantage does not push. watch: {"open": id, "end": id}, whose pressure is
     measured. correction: cap of sampler_weight, 0 = none."""
+    assert all(row.logprobs_old is not None for row in rows), "set_old_logprobs comes first"
     device, watch = model.device, watch or {}
     n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
     adv_of = {id(row): a for row, a in zip(rows, adv, strict=True)}
@@ -172,12 +173,17 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     sums, gap_max = dict.fromkeys(names + pushes, 0.0), 0.0
     for batch in in_step(batches, model, reference):
         scored = token_logprobs(model, batch, watch=watch.values())
-        t = make_tokens(batch, [adv_of[id(row)] for row in batch], scored, n_tokens, n_rows, masked_ids)
+        logp_old, ids = at_trained(batch, "logprobs_old", device), at_trained(batch, "ids", device)  # [N]
+        a = torch.tensor([adv_of[id(row)] for row in batch], device=device)[scored.owner]  # [B] -> [N]
+        if masked_ids:
+            a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
+        ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; never infinite
+        t = Tokens(batch, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
+        if signal_ratio:
+            t.ratio = signal_ratio(t)
         # Rows that nobody sampled as they are trained have no sampler: p_old stands in for it.
         as_sampled = t.of_rows([row.as_sampled for row in batch])  # [N] bool
         sampler = torch.where(as_sampled, at_trained(batch, "logprobs", device), t.logp_old)    # [N]
-        if signal_ratio:
-            t.ratio = signal_ratio(t)
         loss_t = LOSSES[loss](t, *clip)                                                              # [N]
         if correction:
             loss_t = loss_t * sampler_weight(t.logp_old, sampler, correction)                        # [N]
@@ -210,18 +216,6 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     for name in ("clip_frac", "entropy", "kl_sampler", "kl_ref"):
         metrics[name] = sums[name] / max(sums["tokens"], 1.0)
     return metrics | {name: sums[name] / n_tokens for name in pushes}
-
-
-def make_tokens(rows, adv, scored, n_tokens, n_rows, masked_ids):
-    """Rows, their advantages, and what the trainer's forward pass said about them -> Tokens"""
-    device = scored.logp.device
-    assert all(row.logprobs_old is not None for row in rows), "set_old_logprobs comes first"
-    logp_old, ids = at_trained(rows, "logprobs_old", device), at_trained(rows, "ids", device)        # [N]
-    a = torch.tensor(adv, device=device)[scored.owner]  # [B] -> [N]
-    if masked_ids:
-        a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
-    ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; the clamp keeps exp finite
-    return Tokens(rows, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
 
 
 def in_malformed(rows, device):
