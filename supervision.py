@@ -13,13 +13,13 @@ WHEN rows are trained is for the schedule to say (train.py: `plan`, `burst_due`)
 """
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import time
 from contextlib import closing, suppress
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import torch
 from tqdm import tqdm
@@ -475,18 +475,22 @@ class Judge:
         rest is not asked; as long as it is down, later calls wait for one request's time at most."""
         found = {prompt: self._stored(prompt) for prompt in prompts}             # equal ones are asked once
         unknown = [prompt for prompt in found if found[prompt] is None]
+        todo, done, self.trouble = [None] * self.workers + unknown, SimpleQueue(), None
+
+        def work():
+            for prompt in iter(todo.pop, None):  # None: nothing is left for this thread
+                done.put((prompt, self._answer(prompt)))
+        for _ in unknown[:self.workers]:
+            Thread(target=work, daemon=True).start()     # a daemon: Ctrl-C does not wait for its request
         until = time.monotonic() + (self.timeout if self.failed_in_a_row >= self.give_up else self.patience)
-        # The threads are daemons: neither Ctrl-C nor the end of the time waits for the requests they are at.
-        self.trouble, pool = None, ThreadPool(self.workers)
-        answered = pool.imap_unordered(lambda prompt: (prompt, self._answer(prompt)), unknown)
         try:
             for _ in tqdm(unknown, "judge", leave=False, disable=None):
-                prompt, found[prompt] = answered.next(timeout=max(0, until - time.monotonic()))
+                prompt, found[prompt] = done.get(timeout=max(0, until - time.monotonic()))
                 if self.failed_in_a_row >= self.give_up:
                     break
-        except multiprocessing.TimeoutError:     # the time is up; a late answer makes it 0 again
+        except Empty:                            # the time is up; a late answer makes it 0 again
             self.failed_in_a_row = self.give_up
-        pool.terminate()                         # no further question is asked
+        todo[:] = [None] * self.workers          # the threads end with the requests that they are at
         if missing := sum(found[prompt] is None for prompt in unknown):
             tqdm.write(f"judge: {missing} of {len(unknown)} questions unanswered ({self.trouble})")
         return [found[prompt] for prompt in prompts]
