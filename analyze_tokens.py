@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -136,6 +137,7 @@ PROBED = [f"p/{c}|{slot}" for c in (*RIGHT, "json", "content") for slot in SLOTS
 PROBED += [f"p/{c}|off" for c in RIGHT]
 
 
+@cache                                           # of 152k tokens it takes a second
 def token_classes(chat):
     """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [punctuation's ids]}; content: rest"""
     start = chat.control_ids().get("<|im_start|>")

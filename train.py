@@ -416,8 +416,7 @@ def restore(run, checkpoint):
 
 
 def run_config(args):
-    """The flags that a resumption must share: all that change what is trained. Of those that name a file, the
-    checksum of what is in it too"""
+    """The flags that a resumption must share: all that change what is trained. Of a file its checksum too"""
     free = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
             "kv_cache_gb", "wandb"}
     config = {name: value for name, value in vars(args).items() if name not in free}
