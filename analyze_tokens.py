@@ -7,11 +7,9 @@
     python analyze_tokens.py --kl runs/a                 KL to its starting model over training
     python analyze_tokens.py --tokens runs/a [--html a.html]         one conversation, token by token
 
-All but the first: results/checkpoints.py. Pictures: results/plot.py. What exactly is broken in a
-collapsed checkpoint: results/autopsy.py.
+All but the first: results/checkpoints.py. Pictures: results/plot.py. What is broken: results/autopsy.py.
 """
 import argparse
-import csv
 import fcntl
 import json
 import os
@@ -20,6 +18,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,6 +30,8 @@ from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Records: what a run has logged, one dict per line of metrics.jsonl
+# What reading records raises that no run has written: a metric that is a text, or is not there.
+DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def mean(values):
@@ -39,39 +40,33 @@ def mean(values):
     return sum(values) / max(len(values), 1)
 
 
-# What reading records raises that no run has written: a metric that is a text, or is not there.
-DAMAGE = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
-
-
 def read_records(out):
     """A run folder, a metrics.jsonl, or a study's CSV (merged by step) -> [{"step": 0, "reward": .1, ...}]
     A last line that was cut in the middle (the run goes on, or was killed) is left out."""
     path = Path(out) if str(out).endswith((".jsonl", ".csv")) else Path(out) / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder, or a metrics.jsonl.")
-    lines, records, i, is_csv = path.read_bytes().splitlines(), [], 0, path.suffix == ".csv"
-    try:
-        if is_csv:
-            for i, cells in enumerate(csv.DictReader(line.decode() for line in lines), 1):
-                records.append(checked(parse_cells(cells)))
-        else:
-            for i, line in enumerate(lines):
-                records.append(checked(json.loads(line.decode())))
-    except (*DAMAGE, RecursionError, csv.Error) as error:
-        cut = isinstance(error, ValueError) and i == len(lines) - 1 and not is_csv
-        if not cut:
-            raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest "
-                            f"({error!r}).") from error
+    lines, records, is_csv = path.read_bytes().splitlines(), [], path.suffix == ".csv"
+    for i in range(1 if is_csv else 0, len(lines)):
+        try:
+            record = read_cells(lines[0], lines[i]) if is_csv else json.loads(lines[i].decode())
+            if type(record["step"]) is not int:
+                raise TypeError("the step is not a whole number")
+            records.append(record)
+        except (*DAMAGE, RecursionError) as error:
+            if is_csv or i < len(lines) - 1 or not isinstance(error, ValueError):
+                raise UserError(f"line {i + 1} of {path} is damaged; delete it to read the rest "
+                                f"({error!r}).") from error
     if Path(out).is_dir() and (Path(out) / "kl.jsonl").exists():
         records += read_records(Path(out) / "kl.jsonl")              # what --kl has measured
     return records
 
 
-def checked(record):
-    """{"step": 3, ...} -> the same. What has no step is no record."""
-    if type(record["step"]) is not int:
-        raise TypeError("the step is not a whole number")
-    return record
+def read_cells(header, line):
+    """b"step,reward,lr,phase", b"3,0.5,,rl" -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
+    kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
+    cells = zip(header.decode().split(","), line.decode().split(","), strict=True)
+    return {name: kind(name, text)(text) for name, text in cells if text}
 
 
 def log_line(path, record, wandb=None):
@@ -82,12 +77,6 @@ def log_line(path, record, wandb=None):
             f.write(json.dumps(rounded) + "\n")
         if wandb:
             wandb.log(rounded, step=record["step"])
-
-
-def parse_cells(record):
-    """{"step": "3", "reward": "0.5", "lr": "", "phase": "rl"} -> {"step": 3, "reward": 0.5, "phase": "rl"}"""
-    kind = lambda name, text: str if name == "phase" else int if text.lstrip("-").isdigit() else float
-    return {name: kind(name, text)(text) for name, text in record.items() if text}
 
 
 def smooth(records, name, window=5):
@@ -113,25 +102,23 @@ RIGHT = {"open": "call", "close": "close", "end": "last", "start": None}     # <
 
 @dataclass
 class Place:
-    row: int                                     # which ground-truth row
     position: int  # of the token there; the logits that predict it stand one before
+    token: int
     slot: str
-    call: int | None                             # where the call began that it is part of; None: in a text
+    is_call: bool                                # the message is a call
 
 
-def places(chat, row, number=0):
+def places(chat, row):
     """A ground-truth Episode -> [Place] of every token that the assistant says.
 
       <tool_call> \\n   {"    .. }}      \\n      </tool_call> <|im_end|>         Done . <|im_end|>
       call        open in_call .. in_call in_call close        last              text in_text last"""
     found = []
-    for span in row.spans:
-        if span.who != "model":
-            continue
+    for span in [span for span in row.spans if span.who == "model"]:
         is_call = span.state == "call"
         for t in range(span.start, span.end):
             slot = "in_call" if is_call else "in_text"
-            if t > 0 and row.ids[t - 1] == chat.open_id:
+            if row.ids[t - 1] == chat.open_id:
                 slot = "open"
             if row.ids[t] == chat.close_id:
                 slot = "close"
@@ -139,7 +126,7 @@ def places(chat, row, number=0):
                 slot = "last"
             if t == span.start:
                 slot = "call" if is_call else "text"
-            found.append(Place(number, t, slot, span.start if is_call else None))
+            found.append(Place(t, row.ids[t], slot, is_call))
     return found
 
 
@@ -148,6 +135,7 @@ def places(chat, row, number=0):
 #    is the model's doing alone.
 
 
+@cache                                           # of 152k tokens it takes a second
 def token_classes(chat):
     """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [punctuation's ids]}; content: rest"""
     start = chat.control_ids().get("<|im_start|>")
@@ -159,31 +147,29 @@ def token_classes(chat):
 
 
 @torch.no_grad()
-def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, start=None):
+def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
     """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., ...}
 
       p/CLASS|SLOT      mean probability of the class (open, close, end, start, json, content) in such slots:
                         p/open|text  is P(<tool_call>) where text should begin; p/open|call is healthy near 1
       p/CLASS|off       the same over ALL places where another token is right
-      p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (the
-                        second factor is measured in places for a call: no ground truth has a tag in one for
-                        text)
+      p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (no
+                        ground truth has a tag in a place for text: the second factor is of calls)
       p/calls_exact     share of ground-truth calls whose every token is the model's first choice: can it
                         still use tools? (The first token is given: calling at all is p/open|call.)
       p/log_likelihood  mean log p of the ground truth
       p/moved           mean |log p - log p_start|; start: truth_logprobs of the model at the run's start"""
     model.eval()
-    classes, total, exact, log_likelihood = classes or token_classes(chat), {}, {}, []
+    classes, total, exact, log_likelihood = token_classes(chat), {}, [], []
     for batch in micro_batches(rows, micro_tokens):
         layout = Layout(batch, model.device)
         hidden, where, lines = trunk(model, layout)[0], [], []       # [T, D]
-        for number, row in enumerate(batch):
-            found = places(chat, row, number)
+        for row, line_of in zip(batch, layout.place):
+            found = places(chat, row)
             where += found
-            lines += [layout.place[number][place.position - 1] for place in found]
+            lines += [line_of[place.position - 1] for place in found]
         h = hidden[lines]                                                                            # [N, D]
-        target = [batch[place.row].ids[place.position] for place in where]
-        target = torch.tensor(target, device=h.device)                                               # [N]
+        target = torch.tensor([place.token for place in where], device=h.device)                     # [N]
         first_choice, p = [], []
         for part, wanted in zip(h.split(chunk), target.split(chunk)):
             logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                # [n, V]
@@ -194,18 +180,18 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, classes=None, star
             named = dict(zip(classes, values)) | {"content": 1 - sum(values)}
             for name, value in named.items():
                 total.setdefault(f"p/{name}|{place.slot}", []).append(value)
-                if name in RIGHT and batch[place.row].ids[place.position] not in classes[name]:
+                if name in RIGHT and place.token not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
-            if place.call is not None:
-                begins = place.slot == "call"
-                call = (id(batch[place.row]), place.call)
-                exact[call] = begins or (exact[call] and is_first)
+            if place.slot == "call":
+                exact.append(True)
+            elif place.is_call:
+                exact[-1] = exact[-1] and is_first
     metrics = {name: mean(values) for name, values in total.items()}             # syntax B lacks two slots
     if start:
         pairs = zip(log_likelihood, start, strict=True)
         metrics["p/moved"] = mean(abs(now - before) for now, before in pairs)
     return metrics | {"p/short_circuit": metrics["p/open|text"] * metrics.get("p/end|open", 0.0),
-                      "p/calls_exact": mean(exact.values()), "p/log_likelihood": mean(log_likelihood)}
+                      "p/calls_exact": mean(exact), "p/log_likelihood": mean(log_likelihood)}
 
 
 @torch.no_grad()
@@ -241,8 +227,6 @@ def rollout_metrics(episodes, credit):
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Collapse
-
-
 MEASURES = {"reward": "task reward (the paper's measure)",
             "reward_clean": "clean reward (solved, every message a complete call or plain text)"}
 
@@ -272,18 +256,13 @@ def collapse(records, window=5, name="reward", share=0.1):
 
 
 def one_line(record):
-    line = f"step {record['step']:4d}  {record['phase']:3s}"
-    if "reward" in record:
-        states = "  ".join(f"{s} {record[f'state/{s}']:.2f}" for s in STATES)
-        line += f"  reward {record['reward']:.3f}  mixed {record['mixed_groups']:.2f}  |  {states}"
-        line += f"  |  entropy {record['entropy']:.3f}"
-    if "sft_rows" in record:
-        line += f"  {record['sft_updates']} SFT updates on {record['sft_rows']} rows"
-    if "sft_loss" in record:
-        line += f"  sft_loss {record['sft_loss']:.3f}"
-    if "grad_norm" in record:
-        line += f"  grad {record['grad_norm']:.2f}"
-    return f"{line}  {record['seconds']:.1f} s"
+    """-> "step    3  rl   reward 0.250  mixed 0.42  |  call 0.50  ..  |  entropy 0.310  grad 0.52  1.4 s" """
+    formats = {"reward": "reward {:.3f}", "mixed_groups": "mixed {:.2f}  |",
+               **{f"state/{s}": s + " {:.2f}" for s in STATES}, "entropy": "|  entropy {:.3f}",
+               "sft_updates": "{} SFT updates", "sft_rows": "on {} rows", "sft_loss": "sft_loss {:.3f}",
+               "grad_norm": "grad {:.2f}", "seconds": "{:.1f} s"}
+    parts = [text.format(record[name]) for name, text in formats.items() if name in record]
+    return "  ".join([f"step {record['step']:4d}", f"{record['phase']:3s}", *parts])
 
 
 def table(columns):
@@ -305,9 +284,7 @@ def summary(out):
         text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good):")
         for name, meaning in MEASURES.items():
             one, (_, values) = found[name], smooth(records, name)
-            what = "no"
-            if one:
-                what = f"at step {one['step']}, peak {one['peak']:.2f} at step {one['peak_step']}"
+            what = "at step {step}, peak {peak:.2f} at step {peak_step}".format(**one) if one else "no"
             text.append(f"  by the {meaning}: {what}; last 5 steps {values[-1]:.2f}")
         shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
         text.append(f"What the messages became: {shift}.")
@@ -335,13 +312,11 @@ def summary(out):
 def timeline(records, points=12):
     """The run over time: at most `points` lines, each the mean of its stretch of steps."""
     names = {"reward": "reward", "clean": "reward_clean", **{s: f"state/{s}" for s in STATES},
-             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact",
-             "moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}
-    for short, name in {"moved": "p/moved", "kl_start": "kl_start"}.items():
-        if not any(name in r for r in records):
-            del names[short]
-    if not any(r.get("kl_ref") for r in records):
-        del names["kl_ref"]                      # it is 0 where there is no reference model
+             "open|text": "p/open|text", "end|open": "p/end|open", "exact": "p/calls_exact"}
+    for short, name in {"moved": "p/moved", "kl_ref": "kl_ref", "kl_start": "kl_start"}.items():
+        found = [r[name] for r in records if name in r]
+        if any(found) or (found and name != "kl_ref"):               # 0: there is no reference model
+            names[short] = name
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
     lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]
@@ -527,11 +502,11 @@ def main(argv=None):
         from checkpoints import VIEWS
     for out in args.runs:
         try:
-            if args.view is None:
-                text = "\n\n".join([f"== {out}", timeline(read_records(out)), summary(out)])
+            if args.view:
+                text = VIEWS[args.view](out, args)
             else:
-                text = f"== {out}\n\n{VIEWS[args.view](out, args)}"
-            print(text, end="\n\n")
+                text = f"{timeline(read_records(out))}\n\n{summary(out)}"
+            print(f"== {out}\n\n{text}\n")
         except (UserError, *DAMAGE) as error:    # say it, and go on with the other runs
             reason = error if isinstance(error, UserError) else f"{out} is not as a run leaves it: {error!r}"
             print(f"analyze_tokens.py: error: {reason}", file=sys.stderr)

@@ -7,8 +7,7 @@ or down (A < 0) alike:
     A_i = (r_i - mean(r)) / std(r)                                  one number per rollout
     L   = -sum_t min(rho_t A, clip(rho_t, 1 - e, 1 + e) A) / n      rho_t = p_new(token t) / p_old(token t)
 
-p_old is the policy before the step's updates: the sampler's numbers, where it sampled the row as it is
-trained; else, and with --correction, the trainer's own (set_old_logprobs).
+p_old is the policy before the step's updates (set_old_logprobs).
 
 Here the paper's account of the collapse begins: the reward says THAT the rollout was good, not WHICH token
 was in its place, so an open tag at the end of a lucky rollout is pushed up as if it had earned the reward.
@@ -32,8 +31,7 @@ from sft_step import (at_trained, in_step, message_batches, micro_batches, my_sh
 
 
 def assign_credit(episodes, kind, seed, step):
-    """--reward -> the numbers that the advantages are made of, one per episode; the metric `reward` stays the
-    task's.
+    """--reward -> what the advantages are made of, a number per episode; the metric `reward` is the task's.
 
       task      the episode's reward
       format    the same, + 0.5 if every message is clean
@@ -74,6 +72,8 @@ def advantages(credit, group_ids, only=None):
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. The loss of a token
+DUAL_CLIP = 3.0
+PRESSURES = ("clean", "malformed", "others_up", "others_down")       # as metrics: push/open|clean, ...
 
 
 @dataclass
@@ -97,9 +97,6 @@ class Tokens:
 def clipped(ratio, adv, low, high):
     """min(rho A, clip(rho) A): pessimistic, nothing is gained by leaving the trust region   [N]"""
     return torch.min(ratio * adv, ratio.clamp(1 - low, 1 + high) * adv)
-
-
-DUAL_CLIP = 3.0
 
 
 def grpo(t, low, high):
@@ -129,15 +126,11 @@ def kl_penalty(logp, ref, kind="k3"):
 
 def sampler_weight(logp_old, sampler, cap):
     """Truncated importance sampling (TIS). Another engine, or another precision, samples from a slightly
-    different policy than the one that is trained. Then rho_t = p_new / p_old, with p_old of the TRAINER
-    before its update, is the ratio of the clip, and the weight w makes up for the tokens having come from
-    p_sampler; no gradient through w:
+    different policy than the one that is trained. So p_old is the TRAINER's, and a weight w, without
+    gradient, makes up for the tokens having come from p_sampler:
 
         L = -sum_t w_t min(rho_t A, clip(rho_t) A) / n       w_t = min(cap, p_old(t) / p_sampler(t))   [N]"""
     return (logp_old - sampler).clamp(max=math.log(cap)).exp()       # exp never overflows
-
-
-PRESSURES = ("clean", "malformed", "others_up", "others_down")       # as metrics: push/open|clean, ...
 
 
 def pressure(adv, p, target, malformed, ids):
@@ -147,9 +140,8 @@ def pressure(adv, p, target, malformed, ids):
         d/dlogit_k  A_t log p(x_t)  =  A_t (1[x_t = k] - p_t(k))
 
     so a token is pushed where it was sampled, by A (1 - p), and where something else was sampled, by -A p: a
-    NEGATIVE advantage on other tokens raises it too. The sums run over ALL places, right and wrong ones: what
-    stood there in the ground truth is not known of a rollout. adv, target [N], malformed [N] (the token's
-    message is not clean), p [N, K]
+    NEGATIVE advantage on other tokens raises it too. (Over ALL places: of a rollout nobody knows what would
+    have been right there.) adv, target [N], malformed [N] (the token's message is not clean), p [N, K]
     -> [K, 4] sums:   sampled in a clean message | sampled in a malformed one | not sampled, A > 0 | A < 0"""
     hit = target[:, None] == torch.tensor(ids, device=target.device)                 # [N, K]
     a, bad = adv[:, None], malformed[:, None]                                        # [N, 1]
@@ -166,26 +158,32 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
                 signal_ratio=None, masked_ids=(), watch=None, correction=0.0, micro_tokens=16_384):
     """Adds the gradient of  sum(policy loss) / n_tokens + kl_weight * sum(KL) / n_tokens  to .grad -> metrics
 
-    rows: Episodes of this rank, adv: their advantages (list of floats). Rollouts with advantage 0 have no
-    policy gradient: they are left out of the forward pass (unless a KL term needs them) but stay in the
-    count, otherwise the step size would depend on how many groups happened to be mixed. signal_ratio: Tokens
-    -> ratio [N] (supervision.Signal.ratio). masked_ids: what a NEGATIVE advantage does not push. watch:
-    {"open": id, "end": id}, whose pressure is measured. correction: cap of sampler_weight, 0 = none."""
+    rows: Episodes of this rank, adv: their advantages. Rollouts with advantage 0 have no policy gradient:
+    they are left out of the forward pass (unless a KL term needs them) but stay in the count, otherwise the
+    step size would depend on how many groups happened to be mixed. signal_ratio: supervision.Signal.ratio.
+    masked_ids: what a NEGATIVE advantage does not push. watch: {"open": id, "end": id}, whose pressure is
+    measured. correction: cap of sampler_weight, 0 = none."""
+    assert all(row.logprobs_old is not None for row in rows), "set_old_logprobs comes first"
     device, watch = model.device, watch or {}
     n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
     adv_of = {id(row): a for row, a in zip(rows, adv, strict=True)}
     batches = micro_batches([row for row in rows if adv_of[id(row)] != 0.0 or kl_weight > 0], micro_tokens)
-    names = ("loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled")
-    sums = dict.fromkeys(names, 0.0)
-    push, gap_max = torch.zeros(len(watch), len(PRESSURES), dtype=torch.float64), 0.0
+    names = ["loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled"]
+    pushes = [f"push/{name}|{part}" for name in watch for part in PRESSURES]
+    sums, gap_max = dict.fromkeys(names + pushes, 0.0), 0.0
     for batch in in_step(batches, model, reference):
         scored = token_logprobs(model, batch, watch=watch.values())
-        t = make_tokens(batch, [adv_of[id(row)] for row in batch], scored, n_tokens, n_rows, masked_ids)
+        logp_old, ids = at_trained(batch, "logprobs_old", device), at_trained(batch, "ids", device)  # [N]
+        a = torch.tensor([adv_of[id(row)] for row in batch], device=device)[scored.owner]  # [B] -> [N]
+        if masked_ids:
+            a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
+        ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; never infinite
+        t = Tokens(batch, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
+        if signal_ratio:
+            t.ratio = signal_ratio(t)
         # Rows that nobody sampled as they are trained have no sampler: p_old stands in for it.
         as_sampled = t.of_rows([row.as_sampled for row in batch])  # [N] bool
         sampler = torch.where(as_sampled, at_trained(batch, "logprobs", device), t.logp_old)    # [N]
-        if signal_ratio:
-            t.ratio = signal_ratio(t)
         loss_t = LOSSES[loss](t, *clip)                                                              # [N]
         if correction:
             loss_t = loss_t * sampler_weight(t.logp_old, sampler, correction)                        # [N]
@@ -205,32 +203,19 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
             found = {"loss": total, "clip_frac": outside.float().sum(), "entropy": scored.entropy.sum(),
                      "kl_sampler": kl_penalty(t.logp, sampler).sum(), "kl_ref": kl_t.sum(),
                      "tokens": torch.ones_like(t.logp).sum(), "gap": gap.sum(), "sampled": as_sampled.sum()}
+            if watch:
+                malformed = in_malformed(batch, device)                                              # [N]
+                parts = pressure(t.adv, scored.watched, t.ids, malformed, list(watch.values()))      # [K, 4]
+                found |= dict(zip(pushes, parts.flatten()))
             for name, value in found.items():
                 sums[name] += value.item()
-            if watch:
-                push += pressure(t.adv, scored.watched, t.ids, in_malformed(batch, device),
-                                 list(watch.values())).double().cpu()
     sums = dict(zip(sums, over_ranks(list(sums.values()))))
-    pushes = over_ranks(push.flatten().tolist())
     metrics = {"loss": sums["loss"], "rl_tokens": sums["tokens"], "tokens": n_tokens,
                "gap": sums["gap"] / max(sums["sampled"], 1.0),
                "gap_max": over_ranks([gap_max], dist.ReduceOp.MAX)[0]}
     for name in ("clip_frac", "entropy", "kl_sampler", "kl_ref"):
         metrics[name] = sums[name] / max(sums["tokens"], 1.0)
-    names = [f"push/{name}|{part}" for name in watch for part in PRESSURES]
-    return metrics | {name: value / n_tokens for name, value in zip(names, pushes)}
-
-
-def make_tokens(rows, adv, scored, n_tokens, n_rows, masked_ids):
-    """Rows, their advantages, and what the trainer's forward pass said about them -> Tokens"""
-    device = scored.logp.device
-    assert all(row.logprobs_old is not None for row in rows), "set_old_logprobs comes first"
-    logp_old, ids = at_trained(rows, "logprobs_old", device), at_trained(rows, "ids", device)        # [N]
-    a = torch.tensor(adv, device=device)[scored.owner]  # [B] -> [N]
-    if masked_ids:
-        a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
-    ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; the clamp keeps exp finite
-    return Tokens(rows, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
+    return metrics | {name: sums[name] / n_tokens for name in pushes}
 
 
 def in_malformed(rows, device):
@@ -260,8 +245,7 @@ def set_old_logprobs(model, rows, correction, micro_tokens):
 
 
 def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, reference, chat, rows, position):
-    """--updates optimizer updates on this rank's episodes (with .logprobs_old), some of the groups each ->
-    metrics
+    """--updates optimizer updates on this rank's episodes, some of the groups each -> metrics
 
     rows: the signal's rows, if the schedule is synchronous: their cross-entropy is one more term of each
     update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""

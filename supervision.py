@@ -5,8 +5,7 @@ rollout before the update (`before_update`), what enters the policy loss (`ratio
 rollouts (`observe`), and which rows are trained with cross-entropy (`rows`). What it does not override is
 vanilla GRPO.
 
-The SCHEDULE (train.py, `plan`) decides when rows are trained: never (rl), alone (sft, sft_then_rl), in phases
-between RL phases (interleaved), or as one more term of each RL update (synchronous).
+WHEN rows are trained is for the schedule to say (train.py: `plan`).
 
     1. signals       none, SFT, OPS, HBG, ETS, PRS; `sample_groups` lets them write a step's rollouts
     2. reflections   PRS's texts: the embedded judge's, and the prompts for a real one
@@ -18,7 +17,6 @@ import os
 import random
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -37,6 +35,7 @@ from tools import APPS, ASKS, DOCS, TOOL_APP, UserError, ask
 class Signal:
     """none: vanilla GRPO. The base class of all others; see "Add your own" in README."""
     schedules = ("rl",)                          # with which it makes sense
+    remembers = ()                               # attributes (plain lists, dicts) that a checkpoint must hold
     left_out = 0                                 # rows that the last call of rows() could not make
     note = ""  # what the person at the keyboard should read before the run starts
 
@@ -72,11 +71,10 @@ class Signal:
         return {}
 
     def state(self):
-        """What a checkpoint must hold (plain lists and dicts), for `load`."""
-        return {}
+        return {name: getattr(self, name) for name in self.remembers}
 
     def load(self, state):
-        pass
+        vars(self).update(state)
 
 
 class SFT(Signal):
@@ -87,12 +85,10 @@ class SFT(Signal):
         super().__init__(*args)
         if self.args.sft_file:
             rows = self.read_dialogues(self.args.sft_file)
-            self.demonstrations = dict(enumerate(rows))
-            return
-        self.demonstrations = {}
-        for id, task in self.tasks.items():
-            self.demonstrations[id] = demonstrate(self.chat, task, self.args.syntax, self.limits,
-                                                  self.args.closing)
+        else:
+            rows = [demonstrate(self.chat, task, self.args.syntax, self.limits, self.args.closing)
+                    for task in self.tasks.values()]
+        self.demonstrations = {row.task_id: row for row in rows}
 
     def read_dialogues(self, path):
         """JSON lines of {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}, ...]}:
@@ -176,94 +172,68 @@ class HBG(Signal):
         return {"hint_log_ratio": total / max(n, 1)}
 
 
-@dataclass
-class Outcome:
-    """What ETS remembers of a rollout"""
-    step: int
-    task_id: str
-    reward: float
-
-
 class ETS(SFT):
     """Erroneous trajectory supervision: the ground truth of the tasks that failed in the last --ets_window RL
     steps. --ets_rule all: every rollout of the task in the window failed (the paper); any: one did (the
     paper's code)."""
     schedules = ("interleaved", "synchronous")
+    remembers = ("outcomes",)
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.outcomes = []                       # of the policy's rollouts in the window
+        self.outcomes = []  # [{"step": 3, "task_id": "t0", "reward": 1.0}], of the policy, in the window
 
     def observe(self, step, episodes):
-        self.outcomes += [Outcome(step, e.task_id, e.reward) for e in episodes if e.source == "policy"]
-        self.outcomes = [o for o in self.outcomes if o.step > step - self.args.ets_window]
+        for e in [e for e in episodes if e.source == "policy"]:
+            self.outcomes.append({"step": step, "task_id": e.task_id, "reward": e.reward})
+        self.outcomes = [o for o in self.outcomes if o["step"] > step - self.args.ets_window]
 
     def failed(self):
         """-> task ids, in the order of their first appearance"""
         rewards = {}
         for o in self.outcomes:
-            rewards.setdefault(o.task_id, []).append(o.reward)
+            rewards.setdefault(o["task_id"], []).append(o["reward"])
         enough = all if self.args.ets_rule == "all" else any
         return [task_id for task_id, of_task in rewards.items() if enough(reward == 0 for reward in of_task)]
 
     def rows(self):
         return [self.demonstrations[task_id] for task_id in self.failed()]
 
-    def state(self):
-        return {"outcomes": [vars(o) for o in self.outcomes]}
-
-    def load(self, state):
-        self.outcomes = [Outcome(**o) for o in state["outcomes"]]
-
-
-@dataclass
-class Reflection:
-    """What PRS asked about a rollout. answer: the embedded judge's; a real one answers later, in rows()"""
-    step: int
-    kind: str                                    # whole | error
-    task_id: str
-    prompt: str
-    answer: str | None
-
 
 class PRS(ETS):
     """Process reflection supervision: ETS's rows, plus a judge's reflections on one rollout of every prompt
     in the window (sample 1, the second of its group, whatever its reward, as in the paper). A row is: judge
     prompt -> judge answer."""
+    remembers = ("outcomes", "reflections")
 
     def __init__(self, *args):
         super().__init__(*args)
         self.judge = Judge(self.args.judge_url, self.args.judge_model) if self.args.judge_url else None
-        self.reflections = []                    # of the window
+        self.reflections = []                    # of the window, as dicts
 
     def observe(self, step, episodes):
         super().observe(step, episodes)
         for e in [e for e in episodes if e.sample == 1]:
             task = self.tasks[e.task_id]
             for kind, prompt in reflection_prompts(task, e, self.args.syntax, real=bool(self.judge)):
-                answer = None if self.judge else EMBEDDED_JUDGE[kind](task, e, self.args.syntax)
-                self.reflections.append(Reflection(step, kind, task.id, prompt, answer))
-        self.reflections = [r for r in self.reflections if r.step > step - self.args.ets_window]
+                asked = {"step": step, "kind": kind, "task_id": task.id, "prompt": prompt, "answer": None}
+                if not self.judge:               # a real one answers later, in rows()
+                    asked["answer"] = EMBEDDED_JUDGE[kind](task, e, self.args.syntax)
+                self.reflections.append(asked)
+        self.reflections = [r for r in self.reflections if r["step"] > step - self.args.ets_window]
 
     def rows(self):
-        answers = [r.answer for r in self.reflections]
+        answers = [r["answer"] for r in self.reflections]
         if self.judge:
-            answers = self.judge.answers([r.prompt for r in self.reflections])
+            answers = self.judge.answers([r["prompt"] for r in self.reflections])
         rows = []
         for r, answer in zip(self.reflections, answers, strict=True):
             if answer:
-                talk = [{"role": "user", "content": r.prompt}, {"role": "assistant", "content": answer}]
-                rows.append(dialogue_row(self.chat, f"{r.kind}:{r.task_id}", talk))
+                talk = [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": answer}]
+                rows.append(dialogue_row(self.chat, f"{r['kind']}:{r['task_id']}", talk))
         rows = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.left_out = len(self.reflections) - len(rows)
         return super().rows() + rows
-
-    def state(self):
-        return super().state() | {"reflections": [vars(r) for r in self.reflections]}
-
-    def load(self, state):
-        super().load(state)
-        self.reflections = [Reflection(**r) for r in state["reflections"]]
 
 
 SIGNALS = {"none": Signal, "sft": SFT, "ops": OPS, "hbg": HBG, "ets": ETS, "prs": PRS}
@@ -309,26 +279,7 @@ def sample_groups(signal, engine, tasks, mine, seed):
 # 2. Reflections (PRS). Two texts per trajectory, trained as prompt -> answer:
 #      whole   every turn: what was asked, was it right, the corrected calls
 #      error   the turn that failed: root cause, fix, similar scenarios, one look-alike with another answer
-#    Both show the judge the step that really failed, and the ground truth with all its arguments, of every
-#    type.
-
-
-def right(turn, syntax):
-    return write_calls(turn.calls, syntax) if turn.calls else f"no call, but: {turn.reply}"
-
-
-def log_of(task, episode, syntax, last=None):
-    """The turns 0..last with their ground truth, for the judge to read"""
-    lines = []
-    for t, turn in enumerate(task.turns[:None if last is None else last + 1]):
-        lines += [f"turn {t + 1}", f"user: {turn.user}"]
-        for s in episode.spans:
-            if s.turn == t and s.who in ("model", "tool"):
-                lines.append(f"{'assistant' if s.who == 'model' else 'result'}: {s.text}")
-        lines.append(f"right: {right(turn, syntax)}")
-    return "\n".join(lines)
-
-
+#    Both show the judge the step that really failed, and the ground truth with all its arguments.
 ASK_WHOLE = "Read each turn. Is it right? Write the cause and the right call."
 ASK_ERROR = ("The last turn is not right. Write the cause, the fix, similar turns, and one that is not "
              "similar.")
@@ -346,11 +297,27 @@ ambiguous request), each with its request, the typical mistake, the correct call
 that looks alike but needs another solution."""
 
 
+def right(turn, syntax):
+    return write_calls(turn.calls, syntax) if turn.calls else f"no call, but: {turn.reply}"
+
+
+def log_of(task, episode, syntax, n_turns=None):
+    """The first n_turns with their ground truth, for the judge to read; None: all"""
+    lines = []
+    for t, turn in enumerate(task.turns[:n_turns]):
+        lines += [f"turn {t + 1}", f"user: {turn.user}"]
+        for s in episode.spans:
+            if s.turn == t and s.who in ("model", "tool"):
+                lines.append(f"{'assistant' if s.who == 'model' else 'result'}: {s.text}")
+        lines.append(f"right: {right(turn, syntax)}")
+    return "\n".join(lines)
+
+
 def reflection_prompts(task, episode, syntax, real=False):
     """-> [(kind, prompt)]: always the whole interaction; the failing turn too, if any. real: for a model"""
     prompts = [("whole", f"{JUDGE_WHOLE if real else ASK_WHOLE}\n\n{log_of(task, episode, syntax)}")]
     if episode.failed_turn is not None:
-        log = log_of(task, episode, syntax, episode.failed_turn)
+        log = log_of(task, episode, syntax, episode.failed_turn + 1)
         prompts.append(("error", f"{JUDGE_ERROR if real else ASK_ERROR}\n\n{log}"))
     return prompts
 
@@ -384,10 +351,8 @@ def reflect_whole(task, episode, syntax):
     lines = []
     for t, turn in enumerate(task.turns):
         why = cause(task, episode, t, syntax)
-        if why is None:
-            lines.append(f"turn {t + 1} is right")
-        else:
-            lines.append(f"turn {t + 1} is not right: {why}\nright: {right(turn, syntax)}")
+        verdict = f"not right: {why}\nright: {right(turn, syntax)}" if why else "right"
+        lines.append(f"turn {t + 1} is {verdict}")
     return "\n".join(lines)
 
 
@@ -395,8 +360,8 @@ def reflect_error(task, episode, syntax):
     """The embedded judge's text about the turn that failed"""
     t, rng = episode.failed_turn, random.Random(f"{task.id} {episode.failed_turn}")
     turn = task.turns[t]
-    last_tool = [tool for tool, _ in turn.calls][-1:]
-    tool = last_tool[0] if last_tool else rng.choice(sorted(task.docs))
+    called = [tool for tool, _ in turn.calls]
+    tool = called[-1] if called else rng.choice(sorted(task.docs))
     why = cause(task, episode, t, syntax) or "the state is not right"
     lines = [f"cause: {why}", f"fix: {right(turn, syntax)}"]
     if tool not in ASKS:                         # real data: only a language model can invent scenarios there

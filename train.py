@@ -31,8 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from analyze_tokens import (checksum, lock, log_line, mean, newest_checkpoint, one_line, pretrained, probe,
                             publish, read_json, read_records, record_episodes, rollout_metrics, saved_steps,
-                            summary, table, token_classes, truth_logprobs, verified, world_checksum,
-                            write_atomically)
+                            summary, table, truth_logprobs, verified, world_checksum, write_atomically)
 from rl_step import KLS, LOSSES, advantages, assign_credit, policy_updates, set_old_logprobs
 from rollout import (STATES, TEMPLATES, HFEngine, Limits, VLLMEngine, begin, conversations_that_fit,
                      demonstrate, import_vllm, is_clean, parse, reencoded, rollout)
@@ -47,7 +46,7 @@ WEIGHT_DECAY = 0.01                              # AdamW's
 GAP_WARNING = 0.05  # mean |log p trainer - log p sampler| that is worth a warning
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Flags: name, default (the laptop's), what is allowed (the least number, a range, or choices), help
+# 1. Flags: name, default (the laptop's), what is allowed (the least number, or choices), help
 FLAGS = {
     "recipe": [
         ("signal", "none", SIGNALS, "supervision beside the reward (supervision.py); none = vanilla GRPO"),
@@ -84,7 +83,7 @@ FLAGS = {
     "world": [
         ("world", "tiny", WORLDS, "tiny = the embedded one; bfcl = BFCL's multi-turn tasks (pip install "
          f"--no-deps {BFCL_PACKAGES}), with the paper's values as defaults: {WORLDS['bfcl'].defaults}"),
-        ("validation", 20, range(100), "bfcl: of 100 training stories, those set aside for evaluation"),
+        ("validation", 20, 0, "bfcl: of 100 training stories, those set aside for evaluation"),
         ("syntax", "A", ("A", "B"), "A = <tool_call> JSON, B = [f(a='x')]; the other one is format-OOD"),
         ("closing", "lenient", ("lenient", "strict"), "lenient = a message without a complete call ends the "
          "user turn, whatever it holds (the paper); strict = a malformed one fails"),
@@ -134,7 +133,12 @@ def parse_args(argv=None):
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, default, allowed, help in flags:
-            group.add_argument(f"--{name}", default=default, help=help, **reading(default, allowed))
+            how = {"type": type(default)}        # a number
+            if default is False:
+                how = {"action": "store_true"}
+            elif default is None or isinstance(default, str):
+                how = {"choices": allowed}
+            group.add_argument(f"--{name}", default=default, help=help, **how)
     args = p.parse_args(argv)
     p.set_defaults(**WORLDS[args.world].defaults)
     args = p.parse_args(argv)
@@ -147,26 +151,15 @@ def parse_args(argv=None):
     return args
 
 
-def reading(default, allowed):
-    """How argparse reads a flag: its type is the default's; False makes a switch, None a text"""
-    if default is False:
-        return {"action": "store_true"}
-    if default is None or isinstance(default, str):
-        return {"choices": allowed}
-
-    def number(text):
-        value = type(default)(text)
-        if isinstance(allowed, range) and value not in allowed:
-            raise argparse.ArgumentTypeError(f"{text} must lie in {allowed}")
-        if isinstance(allowed, (int, float)) and not value >= allowed:       # nan neither
-            raise argparse.ArgumentTypeError(f"{text} must be at least {allowed}")
-        return value
-    number.__name__ = type(default).__name__     # for argparse's "invalid int value"
-    return {"type": number}
-
-
 def refuse_senseless(args, error):
     """Flags that do not go together are refused before anything is built or written."""
+    for flags in FLAGS.values():
+        for name, default, least, help in flags:
+            value = getattr(args, name)
+            if isinstance(least, (int, float)) and not value >= least:           # nan neither
+                error(f"--{name}: {value} must be at least {least}")
+    if args.validation >= 100:
+        error(f"--validation: {args.validation} must be less than the 100 training stories")
     signal = SIGNALS[args.signal]                # by its class, so that a fork's subclass is checked too
     if args.schedule not in signal.schedules and not args.eval_only:
         error(f"--signal {args.signal} does not go with --schedule {args.schedule}; it goes with "
@@ -223,8 +216,7 @@ def plan(args):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Processes. Under torchrun every process runs this same script; rank r owns the groups g with
-#    g % world_size == r.
+# 2. Processes: under torchrun each runs this script; rank r owns the groups g with g % world_size == r
 
 
 def start_processes(args):
@@ -393,14 +385,11 @@ def restore(run, checkpoint):
         sharded_state.set_model_state_dict(run.reference, state["reference"], options=WHOLE)
 
 
-# What may differ between a run and its resumption: nothing that changes what is trained.
-FREE_ON_RESUME = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
-                  "kv_cache_gb", "wandb"}
-
-
 def run_config(args):
-    """The flags that a resumption must share; of those that name a file, the checksum of what is in it too"""
-    config = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+    """The flags that a resumption must share: all that change what is trained. Of a file its checksum too"""
+    free = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
+            "kv_cache_gb", "wandb"}
+    config = {name: value for name, value in vars(args).items() if name not in free}
     for name in ("chat_template", "sft_file"):
         if config[name] and Path(config[name]).is_file():
             config[name] += f" (checksum {checksum(config[name])})"
@@ -434,13 +423,14 @@ def open_folder(run):
         lock(out)
         check_run(run.args)                      # again: another process may have been faster
     write_atomically(out / "config.json", json.dumps(run_config(run.args), indent=1))
-    kept = {}                                    # both are read before one is written: either may be damaged
+    kept = {}                                    # all are read before one is written: each may be damaged
     for path in (out / "metrics.jsonl", out / "episodes.jsonl", out / "kl.jsonl"):
         if path.exists():
             kept[path] = [r for r in read_records(path) if r["step"] < step]
     for path, records in kept.items():
         shutil.copy(path, f"{path}.old")         # should the step be the wrong one
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    (out / "episodes.jsonl").touch()             # a run without RL steps has one too: an empty one
     folder = out / "checkpoints"
     for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
         shutil.rmtree(path)
@@ -506,8 +496,7 @@ def build(args, device):
         args=args, world=world, tasks=tasks, sets=sets, test_sets=test_sets, signal=signal, model=model,
         chat=chat, engine=make_engine(args, model, chat), reference=reference,
         optimizer=torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY),
-        probe_rows=probe_rows, at_start=at_start, classes=token_classes(chat), progress=Progress(),
-        wandb=None)
+        probe_rows=probe_rows, at_start=at_start, progress=Progress(), wandb=None)
     if checkpoint:
         restore(run, checkpoint)
     return run
@@ -528,7 +517,7 @@ def look(run, step, last):
     if args.probe_every > 0 and (step == last or due(args.probe_every)):
         with gathered(run.model):
             found = rank0_first(lambda: probe(run.model, run.chat, run.probe_rows, args.micro_tokens,
-                                              classes=run.classes, start=run.at_start))
+                                              start=run.at_start))
         log_line(metrics, {"step": step} | found, run.wandb)
     for name, sets, now in (("eval", run.sets, step in (0, last) or due(args.eval_every)),
                             ("test", run.test_sets, step == last)):
@@ -553,14 +542,6 @@ def enter_phase(run, phase):
     if args.as_released:
         return min(1.0, progress.since_switch / (5 if args.schedule == "interleaved" else args.warmup))
     return min(1.0, (progress.rl_steps + 1) / args.warmup)
-
-
-def share_rollouts(run, step, episodes, credit):
-    """All ranks see all rollouts, for the metrics and for the signal; some of rank 0's are kept to be read"""
-    record_episodes(Path(run.args.out) / "episodes.jsonl", step, run.chat, episodes)
-    everyones, credit = gather(episodes), gather(credit)
-    run.signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
-    return rollout_metrics(everyones, credit)
 
 
 def supervised_rows(run, log):
@@ -608,7 +589,10 @@ def train(run):
                 episodes = sample_groups(signal, run.engine, batch, mine, seed=(args.seed, step))
             # ---- credit: what was each of them worth?
             credit = assign_credit(episodes, args.reward, args.seed, step)
-            log |= share_rollouts(run, step, episodes, credit) | {"rollout_s": time.time() - began}
+            record_episodes(Path(args.out) / "episodes.jsonl", step, run.chat, episodes)
+            everyones = gather(episodes)         # all ranks see all rollouts
+            signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
+            log |= rollout_metrics(everyones, gather(credit)) | {"rollout_s": time.time() - began}
             # ---- what the signal does before the update; p_old of what nobody sampled as it is trained
             episodes = signal.before_update(episodes)
             assert len(episodes) == len(credit), "before_update must keep every episode, in order"
@@ -684,8 +668,7 @@ def cli(argv=None):
         traceback.print_exc()
         status = 1
     if status and not alone:
-        # Die at once, so that torchrun ends the others: an orderly exit would wait, in the process group's
-        # destructor, for ranks that wait for this one.
+        # Die at once, so that torchrun ends the others: an orderly exit would wait for them, and they for us.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

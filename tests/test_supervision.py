@@ -22,8 +22,8 @@ import train
 from rl_step import LOSSES, advantages, rl_backward, set_old_logprobs
 from rollout import (CONTROL, Episode, HFEngine, Limits, begin, demonstrate, play, rollout, truth_script,
                      write_calls)
-from supervision import (ASK_WHOLE, EMBEDDED_JUDGE, ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, Outcome,
-                         Reflection, Signal, cause, dialogue_row, log_of, reflection_prompts, sample_groups)
+from supervision import (ASK_WHOLE, EMBEDDED_JUDGE, ETS, HBG, OPS, PRS, SFT, SIGNALS, Judge, Signal, cause,
+                         dialogue_row, log_of, reflection_prompts, sample_groups)
 from tools import CATEGORIES, DOCS, Env, Task, Turn, UserError, make_tasks
 
 LIMITS = Limits(16, 24, 1024, 256)
@@ -249,7 +249,7 @@ def test_ets_selection(chat):
         signal.observe(2, rolled(d, [1, 1]))                       # step 0 has left the window
         assert signal.failed() == expected[2]
         assert [e.task_id for e in signal.rows()] == expected[2] and signal.rows()[0].source == "truth"
-        assert signal.outcomes[0] == Outcome(1, c, 0.0) and len(signal.outcomes) == 6
+        assert signal.outcomes[0] == {"step": 1, "task_id": c, "reward": 0} and len(signal.outcomes) == 6
         restored = make(rule)
         restored.load(json.loads(json.dumps(signal.state())))      # what a checkpoint keeps
         assert restored.failed() == signal.failed() and restored.outcomes == signal.outcomes
@@ -304,14 +304,15 @@ def test_reflections_hold_no_control_token_but_call_tags(chat, task):
     e = play(chat, Env(task), script, LIMITS, group_id=0, sample=1)
     signal.observe(0, [e])
     signal.limits = Limits(16, 24, 4096, 256)
+    asked = signal.reflections[0]
     for token in ("<|im_start|>", "<tool_response>"):
-        assert token in signal.reflections[0].prompt
-    signal.reflections[0].answer = f"<|endoftext|> says <|im_end|>, not <tool_response>\nright: {PAY}"
+        assert token in asked["prompt"]
+    asked["answer"] = f"<|endoftext|> says <|im_end|>, not <tool_response>\nright: {PAY}"
     whole = signal.rows()[0]
     control = [[i for i in whole.ids[span.start:span.end] if i < 7] for span in whole.spans]
     calls = whole.spans[0].text.count("<tool_call>")
     assert control == [[1] + [3, 4] * calls + [2, 1], [3, 4, 2]] and calls == 4
-    assert chat.text(whole.ids[whole.spans[1].start:]) == signal.reflections[0].answer + "<|im_end|>"
+    assert chat.text(whole.ids[whole.spans[1].start:]) == asked["answer"] + "<|im_end|>"
 
 
 @pytest.mark.parametrize("first, phrase", [
@@ -353,7 +354,8 @@ def test_a_success_has_no_error_reflection(chat, task):
     whole, = signal.rows()                       # "truth" rows do not count as failures either
     assert whole.task_id == "whole:t0" and whole.spans[1].text == "turn 1 is right\nturn 2 is right"
     prompt = f"{ASK_WHOLE}\n\n{log_of(task, e, 'A')}"
-    assert signal.reflections == [Reflection(0, "whole", "t0", prompt, "turn 1 is right\nturn 2 is right")]
+    assert signal.reflections == [{"step": 0, "kind": "whole", "task_id": "t0", "prompt": prompt,
+                                   "answer": "turn 1 is right\nturn 2 is right"}]
 
 
 # make_base.WORDING lists the fixed words of hints and reflections. One that is missing there falls apart into
@@ -460,7 +462,7 @@ def test_judge(server, tmp_path, chat, task, monkeypatch):
     assert body == {"model": "m", "messages": [{"role": "user", "content": "Say yes."}]}     # nothing more
     signal = PRS(args, chat, [task], LIMITS)
     signal.observe(0, [failed_episode(chat, task)])
-    assert [(r.kind, r.answer) for r in signal.reflections] == [("whole", None), ("error", None)]
+    assert [(r["kind"], r["answer"]) for r in signal.reflections] == [("whole", None), ("error", None)]
     server.calls.clear()
     server.fail = 1                              # one more attempt heals one failure
     out = [row.spans[1].text for row in signal.rows()]
