@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from sft_step import Chunk, SlotCache, trunk
+from sft_step import SlotCache, trunk
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -449,17 +449,17 @@ class HFEngine:
     def collect(self):
         self.model.eval()
         self._seat()
-        while True:
+        said = []
+        while not said:
             said = self._pass()
-            if said:
-                return said
+        return said
 
     def _seat(self):
         """Slots of conversations that were not continued are filled from behind; new ones take free slots"""
         for slot in sorted(self.ended.values(), reverse=True):
             last = self.live.pop()
             if slot < len(self.live):
-                self.cache.copy(len(self.live), [slot], last.cached)
+                self.cache.copy(len(self.live), slot, last.cached)
                 self.live[slot] = last
         self.ended = {}
         n_slots = min(self.slots, len(self.queue))
@@ -470,26 +470,24 @@ class HFEngine:
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
-        chunks, ids, leaders, followers = [], [], {}, {}
+        fed, n_tokens, leaders, leader_of = {}, 0, {}, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
             if prompt in leaders:  # another new conversation computes the same prompt in this pass
-                followers[slot] = leaders[prompt]
-            elif len(ids) + len(talk.waiting) <= self.pass_tokens or not chunks:
-                chunks.append(Chunk(slot, talk.cached, len(ids), len(talk.waiting)))
-                ids += talk.waiting
+                leader_of[slot] = leaders[prompt]
+            elif n_tokens + len(talk.waiting) <= self.pass_tokens or not fed:
+                fed[slot], leader_of[slot] = talk.waiting, slot
+                n_tokens += len(talk.waiting)
                 if prompt:
                     leaders[prompt] = slot
-        device = self.model.device
-        self.cache.next_pass(len(self.live), chunks, ids, device)
+        self.cache.next_pass([talk.cached for talk in self.live], fed, self.model.device)
         hidden = trunk(self.model, self.cache)[0]                                                    # [T, D]
-        for slot, leader in followers.items():
-            self.cache.copy(leader, [slot], len(self.live[slot].waiting))
-        slots = sorted([c.slot for c in chunks] + list(followers))
-        for slot in slots:
+        for slot, leader in leader_of.items():
+            if leader != slot:
+                self.cache.copy(leader, slot, len(self.live[slot].waiting))
             self.live[slot].cached += len(self.live[slot].waiting)
-        fed = torch.tensor([followers.get(slot, slot) for slot in slots], device=device)             # [n]
-        return self._sample(slots, hidden[self.cache.last[fed]])
+        last = self.cache.last[list(leader_of.values())]                                             # [n]
+        return self._sample(list(leader_of), hidden[last])
 
     def _sample(self, slots, hidden):
         """hidden [n, D] of the conversations in `slots` -> the messages that end with their next token"""
