@@ -54,9 +54,8 @@ class Message:
 
 
 def parse(text, syntax="A", ended=True):
-    """One assistant message (without its end token) -> Message. Total: never raises, whatever the text.
-
-    ended=False: the length limit cut the message, so it has no end token."""
+    """One assistant message without its end token -> Message. Never raises, whatever the text. ended=False:
+    it has no end token, because the length limit cut it."""
     calls, outside, in_order = read_tags(text) if syntax == "A" else read_brackets(text.strip())
     own_tags = 2 * len(calls) if syntax == "A" else 0                # other control tokens are out of place
     if not ended:
@@ -266,16 +265,13 @@ TEMPLATES["qwen3-think-mismatch"] = TEMPLATES["chatml"] + f"{{% if sampling %}}{
 
 
 class Chat:
-    """The chat template, taken apart once, so that a conversation can grow by appending ids.
-
-    A template is usable if the rendering of a longer conversation begins with the rendering of the shorter
-    one. The constructor renders a small conversation at three lengths and cuts the pieces out of the
-    difference:
+    """The chat template, taken apart once, so that a conversation can grow by appending ids. That is possible
+    if a longer conversation's rendering begins with the shorter one's. The constructor renders a small
+    conversation at three lengths and cuts the pieces out of the difference:
 
       prompt      <|im_start|>system ... <|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
-      message     ... <|im_end|>                                         <- sampled, ends with `end_id`
-      observation \\n<|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n   <- appended by us, mask 0
-    """
+      message     ... <|im_end|>                                     <- sampled, ends with `end_id`
+      observation \\n<|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n  <- appended, mask 0"""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -291,15 +287,15 @@ class Chat:
         said, user2 = "<think>\nA\n</think>\n\nB", "USER TURN TWO"
         talk = [{"role": "system", "content": "SYSTEM WORDS"}, {"role": "user", "content": "USER TURN ONE"}]
         try:
-            short = self._render(talk) + said
+            begun = self._render(talk)
         except TemplateError as error:  # it refuses the role "system", or needs a token that is not there
             raise UserError(f"the chat template of {name} cannot render a system and a user message "
                             f"({error}); pass one that can with --chat_template FILE.") from error
-        if not ("SYSTEM WORDS" in short and "USER TURN ONE" in short):
+        if not ("SYSTEM WORDS" in begun and "USER TURN ONE" in begun):
             raise UserError(f"the chat template of {name} leaves out the system or user message; pass one "
                             "that shows both with --chat_template FILE.")
         answered = [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
-        longer = self._render(talk + answered)
+        short, longer = begun + said, self._render(talk + answered)
         if not (longer.startswith(short) and longer.count(user2) == 1
                 and self._render(talk + answered + answered) == longer + said + longer[len(short):]):
             raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops "
@@ -311,7 +307,7 @@ class Chat:
         self.end_id, self.head = head[0], head[1:]
         self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
         # What stands behind a prompt for the sampler alone, and is never trained (qwen3-think-mismatch)
-        self.sampler_only = self._encode(self._render(talk, sampling=True).removeprefix(self._render(talk)))
+        self.sampler_only = self._encode(self._render(talk, sampling=True).removeprefix(begun))
         end = tokenizer.decode([self.end_id])
         if not before.startswith(end) or self.end_id not in tokenizer.get_added_vocab().values():
             raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; "
@@ -401,9 +397,8 @@ class Talk:
     request: Request
     waiting: list                                # tokens that the model has not seen yet
     noise: np.ndarray                            # one uniform number per token, of the message's own seed
+    said: Said                                   # so far
     cached: int = 0                              # tokens whose keys and values are kept
-    ids: list = field(default_factory=list)      # said so far
-    logprobs: list = field(default_factory=list)
 
 
 class HFEngine:
@@ -438,12 +433,14 @@ class HFEngine:
 
     def add(self, request):
         noise = np.random.default_rng(request.seed).random(request.limit)
+        talk = Talk(request, request.ids, noise, Said(request.key, [], []))
         if request.key in self.ended:            # it keeps its slot: `ended` says which
             slot = self.ended.pop(request.key)
-            cached = self.live[slot].cached
-            self.live[slot] = Talk(request, request.ids[cached:], noise, cached)
+            talk.cached = self.live[slot].cached
+            talk.waiting = request.ids[talk.cached:]
+            self.live[slot] = talk
         else:
-            self.queue.append(Talk(request, request.ids, noise))
+            self.queue.append(talk)
 
     @torch.no_grad()
     def collect(self):
@@ -494,24 +491,23 @@ class HFEngine:
         talks = [self.live[slot] for slot in slots]
         logits = self.model.get_output_embeddings()(hidden).float()                                  # [n, V]
         if self.rule:
-            logits = self.rule(logits, [talk.ids for talk in talks])
+            logits = self.rule(logits, [talk.said.ids for talk in talks])
         logp = torch.log_softmax(logits / (self.temperature or 1.0), -1)
         if self.temperature == 0:
             token = logp.argmax(-1)
         else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
-            # A talk's own noise: a rollout depends neither on who shares the pass, nor on how many processes
-            # share the work.
-            u = torch.tensor([talk.noise[len(talk.ids)] for talk in talks], device=logp.device)
+            # Each with noise of its own: a rollout depends neither on who shares the pass nor the work.
+            u = torch.tensor([talk.noise[len(talk.said.ids)] for talk in talks], device=logp.device)
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
             token = token.clamp(max=logp.shape[1] - 1)
         logp, said = logp.gather(1, token[:, None])[:, 0], []
         for slot, talk, t, lp in zip(slots, talks, token.tolist(), logp.tolist()):
-            talk.ids.append(t)
-            talk.logprobs.append(lp)
+            talk.said.ids.append(t)
+            talk.said.logprobs.append(lp)
             talk.waiting = [t]
-            if t in self.stop_ids or len(talk.ids) == talk.request.limit:
-                said.append(Said(talk.request.key, talk.ids, talk.logprobs))
+            if t in self.stop_ids or len(talk.said.ids) == talk.request.limit:
+                said.append(talk.said)
                 self.ended[talk.request.key] = slot
                 if talk.request.hidden:          # the cache holds tokens that the conversation does not
                     talk.cached = len(talk.request.ids) - talk.request.hidden
@@ -535,9 +531,8 @@ def import_vllm():
 
 
 class VLLMEngine:
-    """Samples with vLLM: token ids in and out, one engine per process, inside the training process. Turn n +
-    1 of a conversation begins with all ids of turn n, so vLLM's prefix cache plays the part of HFEngine's
-    slots.
+    """Samples with vLLM: token ids in and out, one engine per process, inside the training process. A message
+    begins behind all ids of the one before it, so vLLM's prefix cache plays the part of HFEngine's slots.
 
     Under torchrun every rank must build its engine at the same moment (vLLM talks to all ranks there), but
     not use it in step: each is an island. Keep it until the last collective: vLLM's destructor destroys the
@@ -558,9 +553,8 @@ class VLLMEngine:
         name = f"vllm-{zlib.crc32(config.to_json_string().encode()):08x}-{os.getuid()}"
         folder = Path(tempfile.gettempdir(), f"{name}-{os.environ.get('RANK', 0)}")
         config.save_pretrained(folder)
-        # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request
-        # with a seed of its own rewinds its random numbers after the first part, which a CPU's generator
-        # cannot do.
+        # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: after the
+        # first one a request with its own seed rewinds its random numbers, which a CPU's generator cannot.
         on_cpu = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         # Under torchrun: takes the process group that exists, and GPU number LOCAL_RANK.
         in_group = {"distributed_executor_backend": "external_launcher"}
@@ -583,9 +577,8 @@ class VLLMEngine:
 
     def load(self, model):
         """Hand the weights over, tensor by tensor: sharded ones (DTensor) are gathered one at a time, by all
-        ranks together, and no second copy of the model ever exists. It must be ONE call with every name: a
-        missing layer would silently stay old, and a projection that vLLM fuses (q, k, v) would become garbage
-        in two calls."""
+        ranks together; no second copy of the model ever exists. It must be ONE call with every name: a layer
+        that is missing silently stays old; a projection that vLLM fuses (q, k, v) is garbage after two."""
         tensors = model.state_dict()  # named_parameters() would lack a tied lm_head: stale on a CPU
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         assert shapes == self.shapes, "another model: a refused tensor would leave vLLM's in ruins"
@@ -638,7 +631,7 @@ class VLLMEngine:
 
 def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
     """-> an Episode that holds the prompt. hint: text at the end of the system message (supervision.HBG)"""
-    messages = env.opening()
+    messages = env.task.opening(env.syntax)
     if hint:
         messages[0]["content"] += f"\n\n{hint}"
     as_sampled = source != "truth" and not chat.sampler_only
@@ -674,17 +667,16 @@ def play(chat, env, script, limits, group_id=-1, sample=0):
     """The same loop with messages written by somebody else: script[user turn] = ["<tool_call>...", "Done."].
     The environment is live, so the tool results are real. If a turn needs more messages than its script has,
     the last one is repeated; if it ends early (by a malformed message), the rest of its script is skipped."""
-    episode, turn, k = begin(chat, env, group_id, sample, source="truth"), -1, 0
+    episode, left = begin(chat, env, group_id, sample, source="truth"), [list(turn) for turn in script]
     while env.status is None:
-        turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
-        ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])
+        messages = left[env.turn]
+        ids = chat.message(messages.pop(0) if len(messages) > 1 else messages[0])
         _advance(episode, env, chat, ids, [0.0] * len(ids), limits)
     return episode
 
 
 def truth_script(task, syntax="A"):
-    """What a perfect assistant says, per user turn: one call per message (as in the paper's SFT data), then
-    the reply.
+    """What a perfect assistant says, per user turn: a call per message, as in the paper's SFT data, a reply
     -> [['<tool_call>...</tool_call>', 'Done.'], ['I have no tool for that.'], ...]"""
     return [[write_calls([call], syntax) for call in turn.calls] + [turn.reply] for turn in task.turns]
 

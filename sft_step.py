@@ -12,7 +12,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -85,23 +85,22 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
+PADDING = SimpleNamespace(ids=[0, 0], mask=[0, 1])
+
+
 def in_step(batches, *models):
     """Yields the batches. Under FSDP every pass gathers from all ranks, so all must make equally many: a rank
-    that has fewer batches goes on with passes over a dummy row whose gradient is 0."""
+    that has fewer batches goes on with passes over PADDING, whose gradient is 0."""
     models = [m for m in models if is_sharded(m)]
     most, = over_ranks([len(batches)], dist.ReduceOp.MAX) if models else [0]
     yield from batches
     for _ in range(int(most) - len(batches)):
         # In a real batch's order: all forward passes, then the backward one. Else ranks would gather
         # different models at the same moment, and hang.
-        scored = [token_logprobs(model, [Padding]) for model in models]
+        scored = [token_logprobs(model, [PADDING]) for model in models]
         for s in scored:
             if s.logp.requires_grad:
                 (0.0 * s.logp.sum()).backward()
-
-
-class Padding:                                   # the dummy row
-    ids, mask = [0, 0], [0, 1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -339,11 +338,8 @@ def token_logprobs(model, rows, chunk=None, watch=()):
     chunk = chunk or max(1, CHUNK_BYTES[device.type] // (4 * len(weight)))
     watch = torch.tensor(list(watch), dtype=torch.long, device=device)
     parts = []
-    for h, t in zip(hidden.split(chunk), target.split(chunk)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False))
-        else:
-            parts.append(_logp_chunk(h, weight, t, watch))
+    for h, t in zip(hidden.split(chunk), target.split(chunk)):       # without gradients checkpoint only calls
+        parts.append(checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False))
     logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
     return Scored(logp, entropy, torch.tensor(owner, dtype=torch.long, device=device), watched)
 
@@ -494,7 +490,7 @@ def shard(model, device, compute_dtype):
     model.trunk = MethodType(trunk, model)       # our forward pass is not model.forward, so FSDP
     register_fsdp_forward_method(model, "trunk")  # must be told to gather parameters around it
     with torch.no_grad():                        # the first pass fixes that `model` is the root;
-        model.trunk(Layout([Padding], device))   # else every layer would take itself for one
+        model.trunk(Layout([PADDING], device))   # else every layer would take itself for one
     model.reshard()
 
 

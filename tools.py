@@ -146,7 +146,7 @@ for app, app_class in APPS.items():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The environment. One conversation over one task: opening() -> step(message) -> ... -> grade().
+# 2. The environment. One conversation over one task: its opening(), then step(message), ..., grade().
 
 
 @dataclass
@@ -229,9 +229,6 @@ class Env:
         self.status = None                       # once over: "finished", "format_error" or a limit's name
         self.failed_turn = None                  # index of the first user turn that was wrong
 
-    def opening(self):
-        return self.task.opening(self.syntax)
-
     def step(self, message):
         """Message -> the text of the next user-role message, or None when the episode is over."""
         assert self.status is None, "step() after the end of the episode"
@@ -262,9 +259,9 @@ class Env:
             self.failed_turn = self.turn
 
     def _run(self, call):
-        if isinstance(call, str):
-            return call  # an unreadable block: the model reads the error and may go on, as with the authors'
-        self.turn_calls += 1                     # tool server (BFCL's own handler would end the user turn)
+        if isinstance(call, str):                # an unreadable block: the model reads the error and may go
+            return call                          # on (as with the authors; BFCL's handler ends the user turn)
+        self.turn_calls += 1
         name, args = call
         try:
             if name not in self.callable and name not in self.task.early:
@@ -306,8 +303,8 @@ class Stuck(Exception):
     """The story cannot go on (nothing left to read or delete); the generator starts another one."""
 
 
-def unused(rng, taken, pool):
-    return rng.choice([word for word in pool if word not in taken])
+def unused(rng, taken):
+    return rng.choice([word for word in WORDS if word not in taken])
 
 
 def existing(rng, taken):
@@ -334,7 +331,7 @@ MAIL_FROM, THE_ITEM = 'the mail from "{sender}"', 'the item "{name}"'
 ASKS = {
     "create_file": Ask(
         ['create the file "{name}" with text "{text}"', 'with text "{text}" create the file "{name}"'],
-        lambda rng, app: {"name": unused(rng, app.files, WORDS), "text": rng.choice(WORDS)},
+        lambda rng, app: {"name": unused(rng, app.files), "text": rng.choice(WORDS)},
         'create the file "{name}"', "text"),
     "read_file": about("read", 'the file "{name}"', lambda rng, app: {"name": existing(rng, app.files)}),
     "delete_file": about("delete", 'the file "{name}"', lambda rng, app: {"name": existing(rng, app.files)}),
@@ -357,7 +354,7 @@ ASKS = {
     "count_item": about("count", THE_ITEM, lambda rng, app: {"name": existing(rng, app.cart)}),
     "send_item": Ask(
         ['send the item "{name}" to "{to}"', 'to "{to}" send the item "{name}"'],
-        lambda rng, app: {"name": unused(rng, app.parcels, WORDS), "to": rng.choice(PEOPLE)},
+        lambda rng, app: {"name": unused(rng, app.parcels), "to": rng.choice(PEOPLE)},
         'send the item "{name}"', "to"),
     "check_item": about("check", THE_ITEM, lambda rng, app: {"name": existing(rng, app.parcels)}),
     "delete_item": about("delete", THE_ITEM, lambda rng, app: {"name": existing(rng, app.parcels)}),
@@ -384,7 +381,7 @@ def mail_a_file(rng, apps):
 
 
 def file_a_mail(rng, apps):
-    sender, name = existing(rng, apps["mail"].inbox), unused(rng, apps["files"].files, WORDS)
+    sender, name = existing(rng, apps["mail"].inbox), unused(rng, apps["files"].files)
     text = apps["mail"].inbox[sender]
     return (f'read the mail from "{sender}", then create the file "{name}" with its text',
             [("read_mail", {"sender": sender}), ("create_file", {"name": name, "text": text})])
@@ -394,7 +391,8 @@ def _make_task(rng, category, task_id, held_out):
     known = [app for app in APPS if app != HELD_OUT]
     usable = [HELD_OUT] if held_out else rng.sample(known, rng.choice((1, 2)))
     task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [])
-    tools, apps = [tool for app in usable for tool in DOCS[app]], task.fresh_apps()
+    docs = {tool: doc for app in usable for tool, doc in DOCS[app].items()}
+    tools, apps = list(docs), task.fresh_apps()
     play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]
     chains = [mail_a_file, file_a_mail] if {"files", "mail"} <= set(usable) else []
     missing = category in ("miss_func", "miss_param")      # what is missing costs one more user turn
@@ -407,7 +405,7 @@ def _make_task(rng, category, task_id, held_out):
         if request == special and hidden:        # the tool is not there, no call is right; then it is shown
             phrase, calls = ask(rng, apps, [hidden])
             task.turns.append(Turn(phrase, [], "I have no tool for that."))
-            user, reveal = f"You can now call\n{DOCS[TOOL_APP[hidden]][hidden]}", [hidden]
+            user, reveal = f"You can now call\n{docs[hidden]}", [hidden]
         elif request == special:                 # a value is not there, no call is right; then it is given
             _, calls = ask(rng, apps, [tool for tool in tools if ASKS[tool].vague])
             (tool, args), = calls
@@ -425,7 +423,7 @@ def _make_task(rng, category, task_id, held_out):
         last_tool, _ = calls[-1]
         answers = last_tool.startswith(("read", "check", "count"))
         task.turns.append(Turn(user, calls, f'It is "{results[-1]}".' if answers else "Done.", reveal))
-    task.docs = {tool: DOCS[TOOL_APP[tool]][tool] for tool in tools if tool != hidden}
+    task.docs = {tool: doc for tool, doc in docs.items() if tool != hidden}
     return task
 
 
