@@ -98,10 +98,10 @@ def json_call(body):
         check_data(call)
     except (ValueError, RecursionError):
         return "Error: the call is not valid JSON"
-    named = isinstance(call, dict) and isinstance(call.get("name"), str)
-    if not (named and isinstance(call.get("arguments"), dict)):
-        return 'Error: a call needs "name" and "arguments"'
-    return call["name"], call["arguments"]
+    match call:
+        case {"name": str(name), "arguments": dict(args)}:
+            return name, args
+    return 'Error: a call needs "name" and "arguments"'
 
 
 def unique(pairs):
@@ -444,16 +444,7 @@ class HFEngine:
 
     @torch.no_grad()
     def collect(self):
-        self.model.eval()
-        self._seat()
-        said = []
-        while not said:
-            said = self._pass()
-        return said
-
-    def _seat(self):
-        """Slots of conversations that were not continued are filled from behind; new ones take free slots"""
-        for slot in sorted(self.ended.values(), reverse=True):
+        for slot in sorted(self.ended.values(), reverse=True):       # not continued: filled from behind
             last = self.live.pop()
             if slot < len(self.live):
                 self.cache.copy(len(self.live), slot, last.cached)
@@ -464,6 +455,11 @@ class HFEngine:
             self.cache = SlotCache(self.model.config.num_hidden_layers, n_slots, self.longest)
         free = self.cache.n_slots - len(self.live)
         self.live, self.queue = self.live + self.queue[:free], self.queue[free:]
+        self.model.eval()
+        said = []
+        while not said:
+            said = self._pass()
+        return said
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""

@@ -97,10 +97,9 @@ def in_step(batches, *models):
     for _ in range(int(most) - len(batches)):
         # In a real batch's order: all forward passes, then the backward one. Else ranks would gather
         # different models at the same moment, and hang.
-        scored = [token_logprobs(model, [PADDING]) for model in models]
-        for s in scored:
-            if s.logp.requires_grad:
-                (0.0 * s.logp.sum()).backward()
+        total = sum(token_logprobs(model, [PADDING]).logp.sum() for model in models)
+        if total.requires_grad:
+            (0.0 * total).backward()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,8 +187,7 @@ def by_prompt(rows):
     """-> {what stands before the first trained token: [indices of the rows that begin so]}"""
     found = {}
     for i, row in enumerate(rows):
-        first = row.mask.index(1) if 1 in row.mask else len(row.mask)
-        found.setdefault(tuple(row.ids[:first]), []).append(i)
+        found.setdefault(tuple(row.ids[:row.mask.index(1)]), []).append(i)
     return found
 
 
@@ -323,8 +321,7 @@ def token_logprobs(model, rows, chunk=None, watch=()):
     mask  [[0, 1, 1], [0, 1]]    ->    logp = [log p(8 | 7), log p(9 | 7 8), log p(5 | 7)], owner = [0, 0, 1]
 
     [T, V] logits never exist: the projection runs only at trained positions, `chunk` of them at a time, and
-    each chunk's logits are computed again in the backward pass. (A loop over chunks WITHOUT recomputation
-    saves nothing: autograd keeps every chunk.)"""
+    each chunk's logits are computed again in the backward pass, else autograd would keep every chunk."""
     assert not any(r.mask[0] for r in rows), "the first token of a row has nothing before it"
     layout, device = Layout(rows, model.device), model.device
     hidden = model.trunk(layout) if is_sharded(model) else trunk(model, layout)  # [1, T, D]
@@ -383,11 +380,10 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
 
 
 def optimizer_step(model, optimizer, loss=0.0, max_norm=1.0):
-    """Sum the gradients of all ranks, clip, step. -> the gradient norm before clipping.
+    """Sum the gradients of all ranks (the losses are divided by GLOBAL counts, so they add up), clip, step.
 
-    The losses are divided by GLOBAL counts, so ranks add up (not average). A non-finite loss or gradient
-    skips the update: the norm is computed after the sum, so every rank sees the same number and takes the
-    same decision, and one bad micro-batch cannot leave the ranks with different weights."""
+    A non-finite loss or gradient skips the update: the norm is that of the sum, so every rank takes the same
+    decision, and one bad micro-batch cannot leave the ranks with different weights."""
     if is_sharded(model):
         model.reshard()                          # else the root's parameters are still whole
     params = [p for p in model.parameters() if p.requires_grad]

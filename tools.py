@@ -28,7 +28,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 
 
 class UserError(Exception):
@@ -317,7 +316,7 @@ def existing(rng, taken):
 class Ask:
     """How a user asks for a tool."""
     phrasings: list                              # two, with the parts in another order
-    arguments: Callable                          # (rng, app) -> arguments that are possible now
+    arguments: object                            # a function: rng, app -> arguments that are possible now
     vague: str | None = None                     # miss_param: the request without one of its values ...
     lacks: str | None = None                     # ... and the name of that argument
 
@@ -390,7 +389,7 @@ def file_a_mail(rng, apps):
 def _make_task(rng, category, task_id, held_out):
     known = [app for app in APPS if app != HELD_OUT]
     usable = [HELD_OUT] if held_out else rng.sample(known, rng.choice((1, 2)))
-    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [])
+    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [], category == "long_context")
     docs = {tool: doc for app in usable for tool, doc in DOCS[app].items()}
     tools, apps = list(docs), task.fresh_apps()
     play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]
@@ -437,13 +436,12 @@ def make_tasks(split, category, n, seed=0, held_out=False):
     rng, tasks, seen = random.Random(f"{seed} {split} {story} {held_out}"), [], set()
     while len(tasks) < n:
         try:
-            task = _make_task(rng, story, f"{category}-{split}-{seed}-{len(tasks)}", held_out)
+            task = _make_task(rng, category, f"{category}-{split}-{seed}-{len(tasks)}", held_out)
         except Stuck:
             continue
         said = " / ".join(turn.user for turn in task.turns)
         if said in seen or (zlib.crc32(said.encode()) % 4 == 0) != (split == "test"):
             continue
-        task.category, task.padded = category, category == "long_context"
         seen.add(said)
         tasks.append(task)
     return tasks
@@ -598,6 +596,7 @@ def coerce(value, schema):
 # function counts lines and new memory. It works in any thread and, unlike a clock, stops the same calls.
 MAX_DIGITS = {"precision": 1000, "decimal_places": 400}
 MAX_LINES, MAX_BYTES = 200_000, 2**24            # 0.1 s, 16 MB; the most of all ground truths: 11,000, 0.3 MB
+LOCK = threading.Lock()                          # simulators share state: mpmath's precision, the weather
 
 
 class TooLong(BaseException):
@@ -634,10 +633,6 @@ def budget():
             tracemalloc.stop()
 
 
-# The simulators share state (mpmath's precision, a weather report): a result becomes text inside the lock.
-LOCK = threading.Lock()
-
-
 def run_tool(method, args):
     """A bound method, its arguments -> the result as BFCL writes it: text dicts as JSON, or Python"""
     for p in inspect.signature(method).parameters.values():          # post_tweet(tags=[]): ONE list for all
@@ -645,7 +640,7 @@ def run_tool(method, args):
             args[p.name] = copy.deepcopy(p.default)
     try:
         with LOCK, decimal.localcontext(), importlib.import_module("mpmath").workdps(15), budget():
-            result = method(**args)
+            result = method(**args)              # it becomes text inside the lock
             if isinstance(result, dict):
                 with contextlib.suppress(TypeError, ValueError):     # a Decimal, or a list that holds itself
                     result = json.dumps(result)
