@@ -13,6 +13,7 @@ import re
 import tempfile
 import tokenize
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import is_normalized
@@ -126,26 +127,19 @@ def check_data(value, depth=0):
 
 
 def read_brackets(text):
-    """Syntax B: a message is one list of calls, or text. "[f(a='x')]" -> calls [("f", {"a": "x"})], "", True
-    "Done." -> [], outside "Done.", True      "[f(a=" -> [], "[f(a=", in_order False: it begins like calls"""
-    calls = bracket_calls(text)
-    return (calls, "", True) if calls else ([], text, not text.startswith("[") or bool(LABEL.match(text)))
-
-
-def bracket_calls(text):
-    """"[f(a='x'), g()]" -> [("f", {"a": "x"}), ("g", {})]; None if it is not that. Nothing is run."""
-    if not text.startswith("[") or len(text) > 20_000:
-        return None                              # Python's parser needs stack in proportion to nesting
-    try:
-        tree = ast.parse(text, mode="eval").body
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        names = " ".join(t.string for t in tokens if t.type == tokenize.NAME)
-        comments = [t for t in tokens if t.type == tokenize.COMMENT]             # no call, yet it is said
-        if comments or not is_normalized("NFKC", names) or not isinstance(tree, ast.List):
-            return None                          # normalized: Python reads full-width letters as plain ones
-        return [bracket_call(node) for node in tree.elts] or None
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
-        return None
+    """Syntax B: a message is one list of calls, or text. Nothing is run.
+    "[f(a='x'), g()]" -> calls [("f", {"a": "x"}), ("g", {})], outside "", in_order True
+    "Done." -> [], "Done.", True      "[f(a=" -> [], "[f(a=", False: it begins like calls"""
+    with suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
+        if text.startswith("[") and len(text) <= 20_000:     # the parser's stack grows with the nesting
+            tree = ast.parse(text, mode="eval").body
+            tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+            comments = [t for t in tokens if t.type == tokenize.COMMENT]         # no call, yet it is said
+            names = " ".join(t.string for t in tokens if t.type == tokenize.NAME)
+            plain = is_normalized("NFKC", names)             # Python reads full-width letters as plain ones
+            if isinstance(tree, ast.List) and tree.elts and plain and not comments:
+                return [bracket_call(node) for node in tree.elts], "", True
+    return [], text, not text.startswith("[") or bool(LABEL.match(text))
 
 
 def bracket_call(node):
@@ -208,8 +202,7 @@ class Episode:
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # of the sampler, 0.0 where mask is 0
-    as_sampled: bool = True  # False: these ids stand where nobody sampled them (ground truth, a
-                                                 # removed hint, re-encoded text), so .logprobs is not p_old
+    as_sampled: bool = True  # False (ground truth, a removed hint, re-encoded): .logprobs is not p_old
     logprobs_old: list | None = None             # p_old of the ratio (rl_step.set_old_logprobs)
     spans: list = field(default_factory=list)
     reward: float = 0.0
@@ -395,9 +388,9 @@ def conversations_that_fit(config, max_tokens, gigabytes, dtype):
 class Talk:
     """A conversation whose message is in the making"""
     request: Request
-    waiting: list                                # tokens that the model has not seen yet
-    noise: np.ndarray                            # one uniform number per token, of the message's own seed
     said: Said                                   # so far
+    noise: np.ndarray                            # one uniform number per token, of the message's own seed
+    waiting: list                                # tokens that the model has not seen yet
     cached: int = 0                              # tokens whose keys and values are kept
 
 
@@ -432,15 +425,13 @@ class HFEngine:
         self.cache = self.cache if self.model.device.type == "cpu" else None  # the trainer needs that memory
 
     def add(self, request):
-        noise = np.random.default_rng(request.seed).random(request.limit)
-        talk = Talk(request, request.ids, noise, Said(request.key, [], []))
+        said, noise = Said(request.key, [], []), np.random.default_rng(request.seed).random(request.limit)
         if request.key in self.ended:            # it keeps its slot: `ended` says which
             slot = self.ended.pop(request.key)
-            talk.cached = self.live[slot].cached
-            talk.waiting = request.ids[talk.cached:]
-            self.live[slot] = talk
+            cached = self.live[slot].cached
+            self.live[slot] = Talk(request, said, noise, request.ids[cached:], cached)
         else:
-            self.queue.append(talk)
+            self.queue.append(Talk(request, said, noise, request.ids))
 
     @torch.no_grad()
     def collect(self):

@@ -371,19 +371,16 @@ def ask(rng, apps, tools):
     raise Stuck
 
 
-# Requests whose second call needs the first one's result: why the loop is multi-STEP within a turn.
-def mail_a_file(rng, apps):
-    name, to = existing(rng, apps["files"].files), rng.choice(PEOPLE)
-    text = apps["files"].files[name]
-    return (f'read the file "{name}", then send a mail to "{to}" with its text',
-            [("read_file", {"name": name}), ("send_mail", {"to": to, "text": text})])
-
-
-def file_a_mail(rng, apps):
-    sender, name = existing(rng, apps["mail"].inbox), unused(rng, apps["files"].files)
-    text = apps["mail"].inbox[sender]
+def two_steps(rng, apps):
+    """-> a request whose second call needs the first one's result: the loop is multi-STEP within a turn"""
+    files, inbox = apps["files"].files, apps["mail"].inbox
+    if rng.choice(("mail a file", "file a mail")) == "mail a file":
+        name, to = existing(rng, files), rng.choice(PEOPLE)
+        return (f'read the file "{name}", then send a mail to "{to}" with its text',
+                [("read_file", {"name": name}), ("send_mail", {"to": to, "text": files[name]})])
+    sender, name = existing(rng, inbox), unused(rng, files)
     return (f'read the mail from "{sender}", then create the file "{name}" with its text',
-            [("read_mail", {"sender": sender}), ("create_file", {"name": name, "text": text})])
+            [("read_mail", {"sender": sender}), ("create_file", {"name": name, "text": inbox[sender]})])
 
 
 def _make_task(rng, category, task_id, held_out):
@@ -393,7 +390,6 @@ def _make_task(rng, category, task_id, held_out):
     docs = {tool: doc for app in usable for tool, doc in DOCS[app].items()}
     tools, apps = list(docs), task.fresh_apps()
     play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]
-    chains = [mail_a_file, file_a_mail] if {"files", "mail"} <= set(usable) else []
     missing = category in ("miss_func", "miss_param")      # what is missing costs one more user turn
     n_requests = rng.randint(1, 3 if missing else 4)
     special = rng.randrange(n_requests) if missing else None         # the request that meets it
@@ -411,8 +407,8 @@ def _make_task(rng, category, task_id, held_out):
             lacks = ASKS[tool].lacks
             task.turns.append(Turn(ASKS[tool].vague.format(**args), [], f"What is the {lacks}?"))
             user = f"the {lacks} is " + json.dumps(args[lacks])
-        elif chains and hidden is None and rng.random() < 0.25:
-            user, calls = rng.choice(chains)(rng, apps)
+        elif {"files", "mail"} <= set(usable) and hidden is None and rng.random() < 0.25:
+            user, calls = two_steps(rng, apps)
         else:
             user, calls = ask(rng, apps, visible)
         results = play(calls)
