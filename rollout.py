@@ -565,7 +565,7 @@ class VLLMEngine:
     def load(self, model):
         """Hand the weights over, tensor by tensor: sharded ones (DTensor) are gathered one at a time, by all
         ranks together; no second copy of the model ever exists. It must be ONE call with every name: a layer
-        that is missing silently stays old; a projection that vLLM fuses (q, k, v) is garbage after two."""
+        that is missing silently stays old; one that vLLM fuses (q, k, v) is garbage when it comes in two."""
         tensors = model.state_dict()  # named_parameters() would lack a tied lm_head: stale on a CPU
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         assert shapes == self.shapes, "another model: a refused tensor would leave vLLM's in ruins"

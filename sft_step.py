@@ -240,8 +240,7 @@ class SlotCache:
             if self.kv is not None:
                 grown[:, :, :, :, :self.kv.shape[4]] = self.kv
             self.kv = grown
-        kv = self.kv[layer]
-        keys, values = kv                        # [N, kv_heads, capacity, d]
+        keys, values = self.kv[layer]            # [N, kv_heads, capacity, d]
         keys[self.slots, :, self.positions[0]] = k[0].transpose(0, 1)
         values[self.slots, :, self.positions[0]] = v[0].transpose(0, 1)
         n, every_slot = len(self.last), not self.before_last and len(self.fed) == len(self.last)
@@ -255,7 +254,7 @@ class SlotCache:
         out[self.last[self.fed]] = together[self.fed]
         for slot, place in self.before_last.items():
             queries = q[:, :, place].transpose(1, 2)                 # [1, tokens, heads, d]
-            own = kv[:, slot, :, :self.ends[slot]].transpose(1, 2)   # [2, cached + tokens, kv_heads, d]
+            own = self.kv[layer, :, slot, :, :self.ends[slot]].transpose(1, 2)   # [2, keys, kv_heads, d]
             out[place] = causal(queries, own[0][None], own[1][None], scale)[0]
         return out[None]
 
