@@ -13,6 +13,7 @@ import re
 import tempfile
 import tokenize
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import is_normalized
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from sft_step import Chunk, SlotCache, trunk
+from sft_step import SlotCache, trunk
 from tools import UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -54,9 +55,8 @@ class Message:
 
 
 def parse(text, syntax="A", ended=True):
-    """One assistant message (without its end token) -> Message. Total: never raises, whatever the text.
-
-    ended=False: the length limit cut the message, so it has no end token."""
+    """One assistant message without its end token -> Message. Never raises, whatever the text. ended=False:
+    it has no end token, because the length limit cut it."""
     calls, outside, in_order = read_tags(text) if syntax == "A" else read_brackets(text.strip())
     own_tags = 2 * len(calls) if syntax == "A" else 0                # other control tokens are out of place
     if not ended:
@@ -99,10 +99,10 @@ def json_call(body):
         check_data(call)
     except (ValueError, RecursionError):
         return "Error: the call is not valid JSON"
-    named = isinstance(call, dict) and isinstance(call.get("name"), str)
-    if not (named and isinstance(call.get("arguments"), dict)):
-        return 'Error: a call needs "name" and "arguments"'
-    return call["name"], call["arguments"]
+    match call:
+        case {"name": str(name), "arguments": dict(args)}:
+            return name, args
+    return 'Error: a call needs "name" and "arguments"'
 
 
 def unique(pairs):
@@ -127,26 +127,19 @@ def check_data(value, depth=0):
 
 
 def read_brackets(text):
-    """Syntax B: a message is one list of calls, or text. "[f(a='x')]" -> calls [("f", {"a": "x"})], "", True
-    "Done." -> [], outside "Done.", True      "[f(a=" -> [], "[f(a=", in_order False: it begins like calls"""
-    calls = bracket_calls(text)
-    return (calls, "", True) if calls else ([], text, not text.startswith("[") or bool(LABEL.match(text)))
-
-
-def bracket_calls(text):
-    """"[f(a='x'), g()]" -> [("f", {"a": "x"}), ("g", {})]; None if it is not that. Nothing is run."""
-    if not text.startswith("[") or len(text) > 20_000:
-        return None                              # Python's parser needs stack in proportion to nesting
-    try:
-        tree = ast.parse(text, mode="eval").body
-        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-        names = " ".join(t.string for t in tokens if t.type == tokenize.NAME)
-        comments = [t for t in tokens if t.type == tokenize.COMMENT]             # no call, yet it is said
-        if comments or not is_normalized("NFKC", names) or not isinstance(tree, ast.List):
-            return None                          # normalized: Python reads full-width letters as plain ones
-        return [bracket_call(node) for node in tree.elts] or None
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
-        return None
+    """Syntax B: a message is one list of calls, or text. Nothing is run.
+    "[f(a='x'), g()]" -> calls [("f", {"a": "x"}), ("g", {})], outside "", in_order True
+    "Done." -> [], "Done.", True      "[f(a=" -> [], "[f(a=", False: it begins like calls"""
+    with suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
+        if text.startswith("[") and len(text) <= 20_000:     # the parser's stack grows with the nesting
+            tree = ast.parse(text, mode="eval").body
+            tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+            comments = [t for t in tokens if t.type == tokenize.COMMENT]         # no call, yet it is said
+            names = " ".join(t.string for t in tokens if t.type == tokenize.NAME)
+            plain = is_normalized("NFKC", names)             # Python reads full-width letters as plain ones
+            if isinstance(tree, ast.List) and tree.elts and plain and not comments:
+                return [bracket_call(node) for node in tree.elts], "", True
+    return [], text, not text.startswith("[") or bool(LABEL.match(text))
 
 
 def bracket_call(node):
@@ -209,8 +202,7 @@ class Episode:
     ids: list = field(default_factory=list)
     mask: list = field(default_factory=list)
     logprobs: list = field(default_factory=list)  # of the sampler, 0.0 where mask is 0
-    as_sampled: bool = True  # False: these ids stand where nobody sampled them (ground truth, a
-                                                 # removed hint, re-encoded text), so .logprobs is not p_old
+    as_sampled: bool = True  # False (ground truth, a removed hint, re-encoded): .logprobs is not p_old
     logprobs_old: list | None = None             # p_old of the ratio (rl_step.set_old_logprobs)
     spans: list = field(default_factory=list)
     reward: float = 0.0
@@ -266,16 +258,13 @@ TEMPLATES["qwen3-think-mismatch"] = TEMPLATES["chatml"] + f"{{% if sampling %}}{
 
 
 class Chat:
-    """The chat template, taken apart once, so that a conversation can grow by appending ids.
-
-    A template is usable if the rendering of a longer conversation begins with the rendering of the shorter
-    one. The constructor renders a small conversation at three lengths and cuts the pieces out of the
-    difference:
+    """The chat template, taken apart once, so that a conversation can grow by appending ids. That is possible
+    if a longer conversation's rendering begins with the shorter one's. The constructor renders a small
+    conversation at three lengths and cuts the pieces out of the difference:
 
       prompt      <|im_start|>system ... <|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
-      message     ... <|im_end|>                                         <- sampled, ends with `end_id`
-      observation \\n<|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n   <- appended by us, mask 0
-    """
+      message     ... <|im_end|>                                     <- sampled, ends with `end_id`
+      observation \\n<|im_start|>user\\n ... <|im_end|>\\n<|im_start|>assistant\\n  <- appended, mask 0"""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -291,15 +280,15 @@ class Chat:
         said, user2 = "<think>\nA\n</think>\n\nB", "USER TURN TWO"
         talk = [{"role": "system", "content": "SYSTEM WORDS"}, {"role": "user", "content": "USER TURN ONE"}]
         try:
-            short = self._render(talk) + said
+            begun = self._render(talk)
         except TemplateError as error:  # it refuses the role "system", or needs a token that is not there
             raise UserError(f"the chat template of {name} cannot render a system and a user message "
                             f"({error}); pass one that can with --chat_template FILE.") from error
-        if not ("SYSTEM WORDS" in short and "USER TURN ONE" in short):
+        if not ("SYSTEM WORDS" in begun and "USER TURN ONE" in begun):
             raise UserError(f"the chat template of {name} leaves out the system or user message; pass one "
                             "that shows both with --chat_template FILE.")
         answered = [{"role": "assistant", "content": said}, {"role": "user", "content": user2}]
-        longer = self._render(talk + answered)
+        short, longer = begun + said, self._render(talk + answered)
         if not (longer.startswith(short) and longer.count(user2) == 1
                 and self._render(talk + answered + answered) == longer + said + longer[len(short):]):
             raise UserError(f"the chat template of {name} rewrites earlier assistant messages (it drops "
@@ -311,7 +300,7 @@ class Chat:
         self.end_id, self.head = head[0], head[1:]
         self.stop_ids = {self.end_id} | ({tokenizer.eos_token_id} - {None})
         # What stands behind a prompt for the sampler alone, and is never trained (qwen3-think-mismatch)
-        self.sampler_only = self._encode(self._render(talk, sampling=True).removeprefix(self._render(talk)))
+        self.sampler_only = self._encode(self._render(talk, sampling=True).removeprefix(begun))
         end = tokenizer.decode([self.end_id])
         if not before.startswith(end) or self.end_id not in tokenizer.get_added_vocab().values():
             raise UserError(f"messages of {name} end with {before[:12]!r}, which is not one control token; "
@@ -399,11 +388,10 @@ def conversations_that_fit(config, max_tokens, gigabytes, dtype):
 class Talk:
     """A conversation whose message is in the making"""
     request: Request
-    waiting: list                                # tokens that the model has not seen yet
+    said: Said                                   # so far
     noise: np.ndarray                            # one uniform number per token, of the message's own seed
+    waiting: list                                # tokens that the model has not seen yet
     cached: int = 0                              # tokens whose keys and values are kept
-    ids: list = field(default_factory=list)      # said so far
-    logprobs: list = field(default_factory=list)
 
 
 class HFEngine:
@@ -437,29 +425,20 @@ class HFEngine:
         self.cache = self.cache if self.model.device.type == "cpu" else None  # the trainer needs that memory
 
     def add(self, request):
-        noise = np.random.default_rng(request.seed).random(request.limit)
+        said, noise = Said(request.key, [], []), np.random.default_rng(request.seed).random(request.limit)
         if request.key in self.ended:            # it keeps its slot: `ended` says which
             slot = self.ended.pop(request.key)
             cached = self.live[slot].cached
-            self.live[slot] = Talk(request, request.ids[cached:], noise, cached)
+            self.live[slot] = Talk(request, said, noise, request.ids[cached:], cached)
         else:
-            self.queue.append(Talk(request, request.ids, noise))
+            self.queue.append(Talk(request, said, noise, request.ids))
 
     @torch.no_grad()
     def collect(self):
-        self.model.eval()
-        self._seat()
-        while True:
-            said = self._pass()
-            if said:
-                return said
-
-    def _seat(self):
-        """Slots of conversations that were not continued are filled from behind; new ones take free slots"""
-        for slot in sorted(self.ended.values(), reverse=True):
+        for slot in sorted(self.ended.values(), reverse=True):       # not continued: filled from behind
             last = self.live.pop()
             if slot < len(self.live):
-                self.cache.copy(len(self.live), [slot], last.cached)
+                self.cache.copy(len(self.live), slot, last.cached)
                 self.live[slot] = last
         self.ended = {}
         n_slots = min(self.slots, len(self.queue))
@@ -467,53 +446,55 @@ class HFEngine:
             self.cache = SlotCache(self.model.config.num_hidden_layers, n_slots, self.longest)
         free = self.cache.n_slots - len(self.live)
         self.live, self.queue = self.live + self.queue[:free], self.queue[free:]
+        self.model.eval()
+        said = []
+        while not said:
+            said = self._pass()
+        return said
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
-        chunks, ids, leaders, followers = [], [], {}, {}
+        fed, n_tokens, leaders, leader_of = {}, 0, {}, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
             if prompt in leaders:  # another new conversation computes the same prompt in this pass
-                followers[slot] = leaders[prompt]
-            elif len(ids) + len(talk.waiting) <= self.pass_tokens or not chunks:
-                chunks.append(Chunk(slot, talk.cached, len(ids), len(talk.waiting)))
-                ids += talk.waiting
+                leader_of[slot] = leaders[prompt]
+            elif n_tokens + len(talk.waiting) <= self.pass_tokens or not fed:
+                fed[slot], leader_of[slot] = talk.waiting, slot
+                n_tokens += len(talk.waiting)
                 if prompt:
                     leaders[prompt] = slot
-        device = self.model.device
-        self.cache.next_pass(len(self.live), chunks, ids, device)
+        self.cache.next_pass([talk.cached for talk in self.live], fed, self.model.device)
         hidden = trunk(self.model, self.cache)[0]                                                    # [T, D]
-        for slot, leader in followers.items():
-            self.cache.copy(leader, [slot], len(self.live[slot].waiting))
-        slots = sorted([c.slot for c in chunks] + list(followers))
-        for slot in slots:
+        for slot, leader in leader_of.items():
+            if leader != slot:
+                self.cache.copy(leader, slot, len(self.live[slot].waiting))
             self.live[slot].cached += len(self.live[slot].waiting)
-        fed = torch.tensor([followers.get(slot, slot) for slot in slots], device=device)             # [n]
-        return self._sample(slots, hidden[self.cache.last[fed]])
+        last = self.cache.last[list(leader_of.values())]                                             # [n]
+        return self._sample(list(leader_of), hidden[last])
 
     def _sample(self, slots, hidden):
         """hidden [n, D] of the conversations in `slots` -> the messages that end with their next token"""
         talks = [self.live[slot] for slot in slots]
         logits = self.model.get_output_embeddings()(hidden).float()                                  # [n, V]
         if self.rule:
-            logits = self.rule(logits, [talk.ids for talk in talks])
+            logits = self.rule(logits, [talk.said.ids for talk in talks])
         logp = torch.log_softmax(logits / (self.temperature or 1.0), -1)
         if self.temperature == 0:
             token = logp.argmax(-1)
         else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
-            # A talk's own noise: a rollout depends neither on who shares the pass, nor on how many processes
-            # share the work.
-            u = torch.tensor([talk.noise[len(talk.ids)] for talk in talks], device=logp.device)
+            # Each with noise of its own: a rollout depends neither on who shares the pass nor the work.
+            u = torch.tensor([talk.noise[len(talk.said.ids)] for talk in talks], device=logp.device)
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
             token = token.clamp(max=logp.shape[1] - 1)
         logp, said = logp.gather(1, token[:, None])[:, 0], []
         for slot, talk, t, lp in zip(slots, talks, token.tolist(), logp.tolist()):
-            talk.ids.append(t)
-            talk.logprobs.append(lp)
+            talk.said.ids.append(t)
+            talk.said.logprobs.append(lp)
             talk.waiting = [t]
-            if t in self.stop_ids or len(talk.ids) == talk.request.limit:
-                said.append(Said(talk.request.key, talk.ids, talk.logprobs))
+            if t in self.stop_ids or len(talk.said.ids) == talk.request.limit:
+                said.append(talk.said)
                 self.ended[talk.request.key] = slot
                 if talk.request.hidden:          # the cache holds tokens that the conversation does not
                     talk.cached = len(talk.request.ids) - talk.request.hidden
@@ -537,9 +518,8 @@ def import_vllm():
 
 
 class VLLMEngine:
-    """Samples with vLLM: token ids in and out, one engine per process, inside the training process. Turn n +
-    1 of a conversation begins with all ids of turn n, so vLLM's prefix cache plays the part of HFEngine's
-    slots.
+    """Samples with vLLM: token ids in and out, one engine per process, inside the training process. A message
+    begins behind all ids of the one before it, so vLLM's prefix cache plays the part of HFEngine's slots.
 
     Under torchrun every rank must build its engine at the same moment (vLLM talks to all ranks there), but
     not use it in step: each is an island. Keep it until the last collective: vLLM's destructor destroys the
@@ -560,9 +540,8 @@ class VLLMEngine:
         name = f"vllm-{zlib.crc32(config.to_json_string().encode()):08x}-{os.getuid()}"
         folder = Path(tempfile.gettempdir(), f"{name}-{os.environ.get('RANK', 0)}")
         config.save_pretrained(folder)
-        # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: a request
-        # with a seed of its own rewinds its random numbers after the first part, which a CPU's generator
-        # cannot do.
+        # CPU: nothing to compile, the smallest block that there is, and no prompt in two parts: after the
+        # first one a request with its own seed rewinds its random numbers, which a CPU's generator cannot.
         on_cpu = {"enforce_eager": True, "block_size": 32, "enable_chunked_prefill": False}
         # Under torchrun: takes the process group that exists, and GPU number LOCAL_RANK.
         in_group = {"distributed_executor_backend": "external_launcher"}
@@ -585,9 +564,8 @@ class VLLMEngine:
 
     def load(self, model):
         """Hand the weights over, tensor by tensor: sharded ones (DTensor) are gathered one at a time, by all
-        ranks together, and no second copy of the model ever exists. It must be ONE call with every name: a
-        missing layer would silently stay old, and a projection that vLLM fuses (q, k, v) would become garbage
-        in two calls."""
+        ranks together; no second copy of the model ever exists. It must be ONE call with every name: a layer
+        that is missing silently stays old; one that vLLM fuses (q, k, v) is garbage when it comes in two."""
         tensors = model.state_dict()  # named_parameters() would lack a tied lm_head: stale on a CPU
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         assert shapes == self.shapes, "another model: a refused tensor would leave vLLM's in ruins"
@@ -640,7 +618,7 @@ class VLLMEngine:
 
 def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
     """-> an Episode that holds the prompt. hint: text at the end of the system message (supervision.HBG)"""
-    messages = env.opening()
+    messages = env.task.opening(env.syntax)
     if hint:
         messages[0]["content"] += f"\n\n{hint}"
     as_sampled = source != "truth" and not chat.sampler_only
@@ -676,17 +654,16 @@ def play(chat, env, script, limits, group_id=-1, sample=0):
     """The same loop with messages written by somebody else: script[user turn] = ["<tool_call>...", "Done."].
     The environment is live, so the tool results are real. If a turn needs more messages than its script has,
     the last one is repeated; if it ends early (by a malformed message), the rest of its script is skipped."""
-    episode, turn, k = begin(chat, env, group_id, sample, source="truth"), -1, 0
+    episode, left = begin(chat, env, group_id, sample, source="truth"), [list(turn) for turn in script]
     while env.status is None:
-        turn, k = (turn, k + 1) if env.turn == turn else (env.turn, 0)
-        ids = chat.message(script[turn][min(k, len(script[turn]) - 1)])
+        messages = left[env.turn]
+        ids = chat.message(messages.pop(0) if len(messages) > 1 else messages[0])
         _advance(episode, env, chat, ids, [0.0] * len(ids), limits)
     return episode
 
 
 def truth_script(task, syntax="A"):
-    """What a perfect assistant says, per user turn: one call per message (as in the paper's SFT data), then
-    the reply.
+    """What a perfect assistant says, per user turn: a call per message, as in the paper's SFT data, a reply
     -> [['<tool_call>...</tool_call>', 'Done.'], ['I have no tool for that.'], ...]"""
     return [[write_calls([call], syntax) for call in turn.calls] + [turn.reply] for turn in task.turns]
 

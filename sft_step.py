@@ -11,7 +11,8 @@ import math
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from functools import cached_property
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -66,16 +67,15 @@ def gather(items):
 
 def rank0_first(make):
     """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all of them."""
-    result = mistake = None
+    outcome = [None, None]
     if rank() == 0:
         try:
-            result = make()
+            outcome[0] = make()
         except UserError as error:
-            mistake = str(error)
+            outcome[1] = str(error)
     if dist.is_initialized():
-        outcome = [result, mistake]
         dist.broadcast_object_list(outcome)
-        result, mistake = outcome
+    result, mistake = outcome
     if mistake:
         raise UserError(mistake)
     return result
@@ -85,35 +85,26 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
+PADDING = SimpleNamespace(ids=[0, 0], mask=[0, 1])
+
+
 def in_step(batches, *models):
     """Yields the batches. Under FSDP every pass gathers from all ranks, so all must make equally many: a rank
-    that has fewer batches goes on with passes over a dummy row whose gradient is 0."""
-    models = [m for m in models if m is not None and is_sharded(m)]
+    that has fewer batches goes on with passes over PADDING, whose gradient is 0."""
+    models = [m for m in models if is_sharded(m)]
     most, = over_ranks([len(batches)], dist.ReduceOp.MAX) if models else [0]
     yield from batches
     for _ in range(int(most) - len(batches)):
         # In a real batch's order: all forward passes, then the backward one. Else ranks would gather
         # different models at the same moment, and hang.
-        scored = [token_logprobs(model, [Padding]) for model in models]
-        for s in scored:
-            if s.logp.requires_grad:
-                (0.0 * s.logp.sum()).backward()
-
-
-class Padding:                                   # the dummy row
-    ids, mask = [0, 0], [0, 1]
+        total = sum(token_logprobs(model, [PADDING]).logp.sum() for model in models)
+        if total.requires_grad:
+            (0.0 * total).backward()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Who attends to whom, without padding. Layout, in training: the prompt that several rows share is computed
 #    once. SlotCache, in sampling (rollout.HFEngine): what a conversation has said is computed once.
-
-
-@dataclass
-class Family:
-    """Rows that share a prompt, one behind the other: prompt, continuation, continuation, ..."""
-    shared: int                                  # tokens of the prompt; 0: rows that share nothing
-    lengths: list                                # of the continuations
 
 
 class Layout:
@@ -123,6 +114,7 @@ class Layout:
         ids        [1 2 3   7 8   9   4 5 6]                     if it is equal, is the prompt that they share
         positions  [0 1 2   3 4   3   0 1 2]
         place[1]   [0 1 2   5]                                 where the tokens of row 1 stand
+        families   [[3, 2, 1], [0, 3]]           lengths: a prompt (0: none is shared), then its continuations
 
     A token of a prompt sees the prompt so far; one of a continuation the prompt and its own row so far."""
 
@@ -141,10 +133,9 @@ class Layout:
                 ids += own
                 positions += range(len(prompt), len(rows[i].ids))
             if members:
-                self.families.append(Family(len(prompt), [len(rows[i].ids) - len(prompt) for i in members]))
+                self.families.append([len(prompt), *(len(rows[i].ids) - len(prompt) for i in members)])
         self.ids = torch.tensor([ids], device=device)                                                # [1, T]
         self.positions = torch.tensor([positions], device=device)                                    # [1, T]
-        self.segments = None
 
     def attend(self, layer, q, k, v, scale):
         """q [1, heads, T, d], k and v [1, kv_heads, T, d] -> [1, T, heads, d]"""
@@ -154,52 +145,49 @@ class Layout:
     def _attend_families(self, q, k, v, scale):
         """One call per prompt, one for all of its continuations: padded, for the time of the attention, to
         the longest; nobody looks ahead, so the padding needs no mask of its own.   q, k, v [T, heads, d]"""
-        cuts, out = [], []
-        for family in self.families:
-            cuts += [family.shared, *family.lengths]
+        cuts, out = sum(self.families, []), []
         pieces = zip(q.split(cuts), k.split(cuts), v.split(cuts))    # of one split: cheap to differentiate
-        for family in self.families:
+        for shared, *lengths in self.families:
             q_prompt, k_prompt, v_prompt = next(pieces)
-            if family.shared:
+            if shared:
                 out.append(causal(q_prompt[None], k_prompt[None], v_prompt[None], scale)[0])
-            own = [next(pieces) for _ in family.lengths]
+            own = [next(pieces) for _ in lengths]
             qs, ks, vs = (pad_sequence(x, batch_first=True) for x in zip(*own))  # [K, L, heads, d]
             ks = torch.cat([k_prompt.expand(len(ks), -1, -1, -1), ks], 1)  # [K, P + L, heads, d]
             vs = torch.cat([v_prompt.expand(len(vs), -1, -1, -1), vs], 1)
             answers = causal(qs, ks, vs, scale)  # [K, L, heads, d]
-            out += [answer[:n] for answer, n in zip(answers, family.lengths)]
+            out += [answer[:n] for answer, n in zip(answers, lengths)]
         return torch.cat(out)
 
     def _attend_varlen(self, q, k, v, scale):
         """One kernel for all segments (16 bits only); a prompt's keys are repeated for its continuations"""
-        if self.segments is None:
-            self.segments = self._segments(q.device)
         keys, cuts_q, cuts_k, longest_q, longest_k = self.segments
         return varlen_attn(q, k[keys], v[keys], cuts_q, cuts_k, longest_q, longest_k, scale=scale,
                            window_size=(-1, 0), enable_gqa=True)     # (-1, 0): causal, aligned at the ends
 
-    def _segments(self, device):
+    @cached_property
+    def segments(self):
         """-> whose keys each segment sees, where the segments begin, and how long the longest is"""
         keys, lengths_q, lengths_k, start = [], [], [], 0
-        for family in self.families:
-            prompt = range(start, start + family.shared)
-            for n in ([family.shared] if family.shared else []) + family.lengths:
+        for shared, *lengths in self.families:
+            prompt = range(start, start + shared)
+            for n in ([shared] if shared else []) + lengths:
                 own = range(start, start + n)
-                keys += own if own == prompt else [*prompt, *own]
+                seen = own if own == prompt else [*prompt, *own]
+                keys += seen
                 lengths_q.append(n)
-                lengths_k.append(n if own == prompt else len(prompt) + n)
+                lengths_k.append(len(seen))
                 start += n
-        cuts = lambda lengths: torch.tensor([0, *lengths], device=device).cumsum(0).int()
-        keys = torch.tensor(keys, device=device)
-        return keys, cuts(lengths_q), cuts(lengths_k), max(lengths_q), max(lengths_k)
+        tensor = lambda values: torch.tensor(values, device=self.ids.device)
+        cuts_q, cuts_k = (tensor([0, *lengths]).cumsum(0).int() for lengths in (lengths_q, lengths_k))
+        return tensor(keys), cuts_q, cuts_k, max(lengths_q), max(lengths_k)
 
 
 def by_prompt(rows):
     """-> {what stands before the first trained token: [indices of the rows that begin so]}"""
     found = {}
     for i, row in enumerate(rows):
-        first = row.mask.index(1) if 1 in row.mask else len(row.mask)
-        found.setdefault(tuple(row.ids[:first]), []).append(i)
+        found.setdefault(tuple(row.ids[:row.mask.index(1)]), []).append(i)
     return found
 
 
@@ -212,45 +200,36 @@ def causal(q, k, v, scale):
     return out.transpose(1, 2)
 
 
-@dataclass
-class Chunk:
-    """The tokens of one conversation in a pass"""
-    slot: int
-    start: int                                   # position of its first token in the conversation,
-    first: int                                   # and in the pass
-    length: int
-
-
 class SlotCache:
     """Keys and values of N conversations, one slot each, with a length of its own:
 
         kv  [layers, 2, N, kv_heads, capacity, head_dim]
 
     The live conversations stand in slots 0..n-1, so attention reads the slice [:n] without copying. One pass
-    feeds each of them a chunk: one token in the middle of a message, a whole tool result at its beginning.
-    The LAST tokens of all chunks attend together; what stands before them in long chunks attends chunk by
-    chunk: no padding; only keys are masked, up to the longest conversation."""
+    feeds each of them one token in the middle of a message, a whole tool result at its beginning. The LAST
+    tokens of all attend together; what stands before them attends slot by slot: no padding; only keys are
+    masked, up to the longest conversation."""
 
     def __init__(self, n_layers, n_slots, longest):
         self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
 
-    def next_pass(self, n, chunks, ids, device):
-        """n live slots, Chunks in a line, and their ids"""
-        slot, position = [], []
-        self.last, ends = [0] * n, [0] * n       # slots without a chunk attend to something, and nobody looks
-        for c in chunks:
-            slot += [c.slot] * c.length
-            position += range(c.start, c.start + c.length)
-            self.last[c.slot] = c.first + c.length - 1
-            ends[c.slot] = c.start + c.length - 1
-        self.long = [c for c in chunks if c.length > 1]
-        self.fed = torch.tensor([c.slot for c in chunks], device=device)
-        self.width = max(ends) + 1
-        self.ids = torch.tensor([ids], device=device)                                                # [1, T]
-        self.positions = torch.tensor([position], device=device)                                     # [1, T]
-        self.slot = torch.tensor(slot, device=device)                                                # [T]
-        self.last, ends = torch.tensor(self.last, device=device), torch.tensor(ends, device=device)  # [n]
-        seen = torch.arange(self.width, device=device) <= ends[:, None]  # [n, width]
+    def next_pass(self, cached, fed, device):
+        """cached: how many tokens of each live conversation are here; fed: {slot: its next tokens}"""
+        ids, slots, positions, n = [], [], [], len(cached)
+        last, self.ends = [0] * n, [0] * n       # who is not fed attends to something, and nobody looks
+        self.before_last = {}                    # {slot: where in the pass its tokens before the last stand}
+        for slot, new in fed.items():
+            if len(new) > 1:
+                self.before_last[slot] = slice(len(ids), len(ids) + len(new) - 1)
+            ids += new
+            slots += [slot] * len(new)
+            positions += range(cached[slot], cached[slot] + len(new))
+            last[slot], self.ends[slot] = len(ids) - 1, positions[-1]
+        self.width = max(self.ends) + 1
+        tensor = lambda values: torch.tensor(values, device=device)
+        self.ids, self.positions = tensor([ids]), tensor([positions])                                # [1, T]
+        self.slots, self.last, self.fed = tensor(slots), tensor(last), tensor(list(fed))     # [T], [n], [fed]
+        seen = torch.arange(self.width, device=device) <= tensor(self.ends)[:, None]  # [n, width]
         self.seen = seen[:, None, None]
 
     def attend(self, layer, q, k, v, scale):
@@ -261,11 +240,10 @@ class SlotCache:
             if self.kv is not None:
                 grown[:, :, :, :, :self.kv.shape[4]] = self.kv
             self.kv = grown
-        kv = self.kv[layer]
-        keys, values = kv                        # [N, kv_heads, capacity, d]
-        keys[self.slot, :, self.positions[0]] = k[0].transpose(0, 1)
-        values[self.slot, :, self.positions[0]] = v[0].transpose(0, 1)
-        n, every_slot = len(self.last), not self.long and len(self.fed) == len(self.last)
+        keys, values = self.kv[layer]            # [N, kv_heads, capacity, d]
+        keys[self.slots, :, self.positions[0]] = k[0].transpose(0, 1)
+        values[self.slots, :, self.positions[0]] = v[0].transpose(0, 1)
+        n, every_slot = len(self.last), not self.before_last and len(self.fed) == len(self.last)
         last = q[0].transpose(0, 1) if every_slot else q[0].transpose(0, 1)[self.last]  # [n, heads, d]
         together = scaled_dot_product_attention(
             last[:, :, None], keys[:n, :, :self.width], values[:n, :, :self.width], self.seen, scale=scale,
@@ -274,15 +252,14 @@ class SlotCache:
             return together[None]
         out = q.new_empty(q.shape[2], q.shape[1], q.shape[3])  # [T, heads, d]
         out[self.last[self.fed]] = together[self.fed]
-        for c in self.long:
-            before_last = slice(c.first, c.first + c.length - 1)
-            queries = q[:, :, before_last].transpose(1, 2)  # [1, length - 1, heads, d]
-            own = kv[:, c.slot, :, :c.start + c.length - 1].transpose(1, 2)  # [2, start + length - 1, ..]
-            out[before_last] = causal(queries, own[0][None], own[1][None], scale)[0]
+        for slot, place in self.before_last.items():
+            queries = q[:, :, place].transpose(1, 2)                 # [1, tokens, heads, d]
+            own = self.kv[layer, :, slot, :, :self.ends[slot]].transpose(1, 2)   # [2, keys, kv_heads, d]
+            out[place] = causal(queries, own[0][None], own[1][None], scale)[0]
         return out[None]
 
-    def copy(self, source, targets, length):
-        self.kv[:, :, targets, :, :length] = self.kv[:, :, source:source + 1, :, :length]
+    def copy(self, source, target, length):
+        self.kv[:, :, target, :, :length] = self.kv[:, :, source, :, :length]
 
 
 def layout_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kw):
@@ -343,27 +320,22 @@ def token_logprobs(model, rows, chunk=None, watch=()):
     mask  [[0, 1, 1], [0, 1]]    ->    logp = [log p(8 | 7), log p(9 | 7 8), log p(5 | 7)], owner = [0, 0, 1]
 
     [T, V] logits never exist: the projection runs only at trained positions, `chunk` of them at a time, and
-    each chunk's logits are computed again in the backward pass. (A loop over chunks WITHOUT recomputation
-    saves nothing: autograd keeps every chunk.)"""
+    each chunk's logits are computed again in the backward pass, else autograd would keep every chunk."""
     assert not any(r.mask[0] for r in rows), "the first token of a row has nothing before it"
     layout, device = Layout(rows, model.device), model.device
     hidden = model.trunk(layout) if is_sharded(model) else trunk(model, layout)  # [1, T, D]
     before, owner = [], []
     for i, (row, place) in enumerate(zip(rows, layout.place)):
-        trained = [t for t, m in enumerate(row.mask) if m]
-        before += [place[t - 1] for t in trained]
-        owner += [i] * len(trained)
+        before += [place[t - 1] for t, trained in enumerate(row.mask) if trained]
+        owner += [i] * sum(row.mask)
     hidden = hidden[0].index_select(0, torch.tensor(before, dtype=torch.long, device=device))  # [N, D]
     target = at_trained(rows, "ids", device)                                                         # [N]
     weight = model.get_output_embeddings().weight                                                    # [V, D]
     chunk = chunk or max(1, CHUNK_BYTES[device.type] // (4 * len(weight)))
     watch = torch.tensor(list(watch), dtype=torch.long, device=device)
     parts = []
-    for h, t in zip(hidden.split(chunk), target.split(chunk)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False))
-        else:
-            parts.append(_logp_chunk(h, weight, t, watch))
+    for h, t in zip(hidden.split(chunk), target.split(chunk)):       # without gradients checkpoint only calls
+        parts.append(checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False))
     logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
     return Scored(logp, entropy, torch.tensor(owner, dtype=torch.long, device=device), watched)
 
@@ -407,11 +379,10 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
 
 
 def optimizer_step(model, optimizer, loss=0.0, max_norm=1.0):
-    """Sum the gradients of all ranks, clip, step. -> the gradient norm before clipping.
+    """Sum the gradients of all ranks (the losses are divided by GLOBAL counts, so they add up), clip, step.
 
-    The losses are divided by GLOBAL counts, so ranks add up (not average). A non-finite loss or gradient
-    skips the update: the norm is computed after the sum, so every rank sees the same number and takes the
-    same decision, and one bad micro-batch cannot leave the ranks with different weights."""
+    A non-finite loss or gradient skips the update: the norm is that of the sum, so every rank takes the same
+    decision, and one bad micro-batch cannot leave the ranks with different weights."""
     if is_sharded(model):
         model.reshard()                          # else the root's parameters are still whole
     params = [p for p in model.parameters() if p.requires_grad]
@@ -446,8 +417,10 @@ def sft_update(model, optimizer, rows, lr, micro_tokens):
 
 def sft_phase(model, optimizer, rows, args, seed):
     """A whole SFT phase: --sft_epochs shuffled passes over rows -> metrics"""
+    if not rows:
+        return {"sft_rows": 0, "sft_updates": 0, "sft_visits": 0, "skipped_updates": 0}
     batches, done = [], []
-    for epoch in range(args.sft_epochs if rows else 0):
+    for epoch in range(args.sft_epochs):
         one_pass = shuffled_passes(rows, epoch * len(rows), len(rows), seed)
         batches += message_batches(one_pass, args.sft_batch)
     warmup = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
@@ -455,13 +428,11 @@ def sft_phase(model, optimizer, rows, args, seed):
     for u, some in enumerate(tqdm(batches, desc="SFT phase", leave=False, disable=quiet)):
         rate = args.sft_lr * phase_rate(u, len(batches), warmup)
         done.append(sft_update(model, optimizer, some, rate, args.micro_tokens))
-    metrics = {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": args.sft_epochs * len(rows),
-               "skipped_updates": sum(m["skipped_updates"] for m in done)}
-    for name in ("sft_loss", "grad_norm") if done else ():
-        metrics[name] = sum(m[name] for m in done) / len(done)
-    if done:
-        metrics |= {"sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
-    return metrics
+    total = {name: sum(m[name] for m in done) for name in ("sft_loss", "grad_norm", "skipped_updates")}
+    return {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": args.sft_epochs * len(rows),
+            "skipped_updates": total["skipped_updates"],
+            "sft_loss": total["sft_loss"] / len(done), "grad_norm": total["grad_norm"] / len(done),
+            "sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
 
 
 def phase_rate(u, total, warmup):
@@ -513,7 +484,7 @@ def shard(model, device, compute_dtype):
     model.trunk = MethodType(trunk, model)       # our forward pass is not model.forward, so FSDP
     register_fsdp_forward_method(model, "trunk")  # must be told to gather parameters around it
     with torch.no_grad():                        # the first pass fixes that `model` is the root;
-        model.trunk(Layout([Padding], device))   # else every layer would take itself for one
+        model.trunk(Layout([PADDING], device))   # else every layer would take itself for one
     model.reshard()
 
 

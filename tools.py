@@ -28,7 +28,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
 
 
 class UserError(Exception):
@@ -146,7 +145,7 @@ for app, app_class in APPS.items():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. The environment. One conversation over one task: opening() -> step(message) -> ... -> grade().
+# 2. The environment. One conversation over one task: its opening(), then step(message), ..., grade().
 
 
 @dataclass
@@ -229,9 +228,6 @@ class Env:
         self.status = None                       # once over: "finished", "format_error" or a limit's name
         self.failed_turn = None                  # index of the first user turn that was wrong
 
-    def opening(self):
-        return self.task.opening(self.syntax)
-
     def step(self, message):
         """Message -> the text of the next user-role message, or None when the episode is over."""
         assert self.status is None, "step() after the end of the episode"
@@ -262,9 +258,9 @@ class Env:
             self.failed_turn = self.turn
 
     def _run(self, call):
-        if isinstance(call, str):
-            return call  # an unreadable block: the model reads the error and may go on, as with the authors'
-        self.turn_calls += 1                     # tool server (BFCL's own handler would end the user turn)
+        if isinstance(call, str):                # an unreadable block: the model reads the error and may go
+            return call                          # on (as with the authors; BFCL's handler ends the user turn)
+        self.turn_calls += 1
         name, args = call
         try:
             if name not in self.callable and name not in self.task.early:
@@ -306,8 +302,8 @@ class Stuck(Exception):
     """The story cannot go on (nothing left to read or delete); the generator starts another one."""
 
 
-def unused(rng, taken, pool):
-    return rng.choice([word for word in pool if word not in taken])
+def unused(rng, taken):
+    return rng.choice([word for word in WORDS if word not in taken])
 
 
 def existing(rng, taken):
@@ -320,7 +316,7 @@ def existing(rng, taken):
 class Ask:
     """How a user asks for a tool."""
     phrasings: list                              # two, with the parts in another order
-    arguments: Callable                          # (rng, app) -> arguments that are possible now
+    arguments: object                            # a function: rng, app -> arguments that are possible now
     vague: str | None = None                     # miss_param: the request without one of its values ...
     lacks: str | None = None                     # ... and the name of that argument
 
@@ -334,7 +330,7 @@ MAIL_FROM, THE_ITEM = 'the mail from "{sender}"', 'the item "{name}"'
 ASKS = {
     "create_file": Ask(
         ['create the file "{name}" with text "{text}"', 'with text "{text}" create the file "{name}"'],
-        lambda rng, app: {"name": unused(rng, app.files, WORDS), "text": rng.choice(WORDS)},
+        lambda rng, app: {"name": unused(rng, app.files), "text": rng.choice(WORDS)},
         'create the file "{name}"', "text"),
     "read_file": about("read", 'the file "{name}"', lambda rng, app: {"name": existing(rng, app.files)}),
     "delete_file": about("delete", 'the file "{name}"', lambda rng, app: {"name": existing(rng, app.files)}),
@@ -357,7 +353,7 @@ ASKS = {
     "count_item": about("count", THE_ITEM, lambda rng, app: {"name": existing(rng, app.cart)}),
     "send_item": Ask(
         ['send the item "{name}" to "{to}"', 'to "{to}" send the item "{name}"'],
-        lambda rng, app: {"name": unused(rng, app.parcels, WORDS), "to": rng.choice(PEOPLE)},
+        lambda rng, app: {"name": unused(rng, app.parcels), "to": rng.choice(PEOPLE)},
         'send the item "{name}"', "to"),
     "check_item": about("check", THE_ITEM, lambda rng, app: {"name": existing(rng, app.parcels)}),
     "delete_item": about("delete", THE_ITEM, lambda rng, app: {"name": existing(rng, app.parcels)}),
@@ -375,28 +371,25 @@ def ask(rng, apps, tools):
     raise Stuck
 
 
-# Requests whose second call needs the first one's result: why the loop is multi-STEP within a turn.
-def mail_a_file(rng, apps):
-    name, to = existing(rng, apps["files"].files), rng.choice(PEOPLE)
-    text = apps["files"].files[name]
-    return (f'read the file "{name}", then send a mail to "{to}" with its text',
-            [("read_file", {"name": name}), ("send_mail", {"to": to, "text": text})])
-
-
-def file_a_mail(rng, apps):
-    sender, name = existing(rng, apps["mail"].inbox), unused(rng, apps["files"].files, WORDS)
-    text = apps["mail"].inbox[sender]
+def two_steps(rng, apps):
+    """-> a request whose second call needs the first one's result: the loop is multi-STEP within a turn"""
+    files, inbox = apps["files"].files, apps["mail"].inbox
+    if rng.choice(("mail a file", "file a mail")) == "mail a file":
+        name, to = existing(rng, files), rng.choice(PEOPLE)
+        return (f'read the file "{name}", then send a mail to "{to}" with its text',
+                [("read_file", {"name": name}), ("send_mail", {"to": to, "text": files[name]})])
+    sender, name = existing(rng, inbox), unused(rng, files)
     return (f'read the mail from "{sender}", then create the file "{name}" with its text',
-            [("read_mail", {"sender": sender}), ("create_file", {"name": name, "text": text})])
+            [("read_mail", {"sender": sender}), ("create_file", {"name": name, "text": inbox[sender]})])
 
 
 def _make_task(rng, category, task_id, held_out):
     known = [app for app in APPS if app != HELD_OUT]
     usable = [HELD_OUT] if held_out else rng.sample(known, rng.choice((1, 2)))
-    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [])
-    tools, apps = [tool for app in usable for tool in DOCS[app]], task.fresh_apps()
+    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [], category == "long_context")
+    docs = {tool: doc for app in usable for tool, doc in DOCS[app].items()}
+    tools, apps = list(docs), task.fresh_apps()
     play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]
-    chains = [mail_a_file, file_a_mail] if {"files", "mail"} <= set(usable) else []
     missing = category in ("miss_func", "miss_param")      # what is missing costs one more user turn
     n_requests = rng.randint(1, 3 if missing else 4)
     special = rng.randrange(n_requests) if missing else None         # the request that meets it
@@ -407,15 +400,15 @@ def _make_task(rng, category, task_id, held_out):
         if request == special and hidden:        # the tool is not there, no call is right; then it is shown
             phrase, calls = ask(rng, apps, [hidden])
             task.turns.append(Turn(phrase, [], "I have no tool for that."))
-            user, reveal = f"You can now call\n{DOCS[TOOL_APP[hidden]][hidden]}", [hidden]
+            user, reveal = f"You can now call\n{docs[hidden]}", [hidden]
         elif request == special:                 # a value is not there, no call is right; then it is given
             _, calls = ask(rng, apps, [tool for tool in tools if ASKS[tool].vague])
             (tool, args), = calls
             lacks = ASKS[tool].lacks
             task.turns.append(Turn(ASKS[tool].vague.format(**args), [], f"What is the {lacks}?"))
             user = f"the {lacks} is " + json.dumps(args[lacks])
-        elif chains and hidden is None and rng.random() < 0.25:
-            user, calls = rng.choice(chains)(rng, apps)
+        elif {"files", "mail"} <= set(usable) and hidden is None and rng.random() < 0.25:
+            user, calls = two_steps(rng, apps)
         else:
             user, calls = ask(rng, apps, visible)
         results = play(calls)
@@ -425,7 +418,7 @@ def _make_task(rng, category, task_id, held_out):
         last_tool, _ = calls[-1]
         answers = last_tool.startswith(("read", "check", "count"))
         task.turns.append(Turn(user, calls, f'It is "{results[-1]}".' if answers else "Done.", reveal))
-    task.docs = {tool: DOCS[TOOL_APP[tool]][tool] for tool in tools if tool != hidden}
+    task.docs = {tool: doc for tool, doc in docs.items() if tool != hidden}
     return task
 
 
@@ -439,13 +432,12 @@ def make_tasks(split, category, n, seed=0, held_out=False):
     rng, tasks, seen = random.Random(f"{seed} {split} {story} {held_out}"), [], set()
     while len(tasks) < n:
         try:
-            task = _make_task(rng, story, f"{category}-{split}-{seed}-{len(tasks)}", held_out)
+            task = _make_task(rng, category, f"{category}-{split}-{seed}-{len(tasks)}", held_out)
         except Stuck:
             continue
         said = " / ".join(turn.user for turn in task.turns)
         if said in seen or (zlib.crc32(said.encode()) % 4 == 0) != (split == "test"):
             continue
-        task.category, task.padded = category, category == "long_context"
         seen.add(said)
         tasks.append(task)
     return tasks
@@ -600,6 +592,7 @@ def coerce(value, schema):
 # function counts lines and new memory. It works in any thread and, unlike a clock, stops the same calls.
 MAX_DIGITS = {"precision": 1000, "decimal_places": 400}
 MAX_LINES, MAX_BYTES = 200_000, 2**24            # 0.1 s, 16 MB; the most of all ground truths: 11,000, 0.3 MB
+LOCK = threading.Lock()                          # simulators share state: mpmath's precision, the weather
 
 
 class TooLong(BaseException):
@@ -636,10 +629,6 @@ def budget():
             tracemalloc.stop()
 
 
-# The simulators share state (mpmath's precision, a weather report): a result becomes text inside the lock.
-LOCK = threading.Lock()
-
-
 def run_tool(method, args):
     """A bound method, its arguments -> the result as BFCL writes it: text dicts as JSON, or Python"""
     for p in inspect.signature(method).parameters.values():          # post_tweet(tags=[]): ONE list for all
@@ -647,7 +636,7 @@ def run_tool(method, args):
             args[p.name] = copy.deepcopy(p.default)
     try:
         with LOCK, decimal.localcontext(), importlib.import_module("mpmath").workdps(15), budget():
-            result = method(**args)
+            result = method(**args)              # it becomes text inside the lock
             if isinstance(result, dict):
                 with contextlib.suppress(TypeError, ValueError):     # a Decimal, or a list that holds itself
                     result = json.dumps(result)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rollout import bracket_calls, is_clean, parse, write_calls  # noqa: E402
+from rollout import is_clean, parse, read_brackets, write_calls  # noqa: E402
 from tools import UserError, openai_doc, tool_system  # noqa: E402
 
 
@@ -98,8 +98,8 @@ def toolace_calls(text, names):
     one may end like another."""
     for i, name in enumerate(names):
         text = text.replace(f"{name}(", f"tool_{i}_(")
-    calls = bracket_calls(text)
-    known = calls is not None and all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls)
+    calls, _, _ = read_brackets(text)
+    known = calls and all(re.fullmatch(r"tool_\d+_", name) for name, _ in calls)
     if not known or re.search(r"tool_\d+_\(", str([args for _, args in calls])):     # replaced inside a value
         raise ValueError(f"not a list of calls: {text[:80]}")
     return [(names[int(name[5:-1])], args) for name, args in calls]

@@ -20,7 +20,7 @@ from conftest import ROOT
 from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
                      set_old_logprobs)
 from rollout import Episode
-from sft_step import (Family, Layout, at_trained, message_batches, micro_batches, optimizer_step, phase_rate,
+from sft_step import (Layout, at_trained, message_batches, micro_batches, optimizer_step, phase_rate,
                       sft_backward, sft_phase, token_logprobs)
 
 
@@ -239,18 +239,18 @@ def test_layout_of_the_docstring():
     assert layout.ids.tolist() == [[1, 2, 3, 7, 8, 9, 4, 5, 6]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
     assert layout.place == [[0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8]]
-    assert layout.families == [Family(3, [2, 1]), Family(0, [3])]
+    assert layout.families == [[3, 2, 1], [0, 3]]
     other = Layout([EXAMPLE[1], EXAMPLE[2], EXAMPLE[0]], "cpu")      # a prompt's rows need not stand together
     assert other.ids.tolist() == [[1, 2, 3, 9, 7, 8, 4, 5, 6]]
     assert other.positions.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1, 2]]
     assert other.place == [[0, 1, 2, 3], [6, 7, 8], [0, 1, 2, 4, 5]]
-    assert other.families == [Family(3, [1, 2]), Family(0, [3])]
+    assert other.families == [[3, 1, 2], [0, 3]]
 
 
 def test_segments_of_the_docstring():
     """prompt, two continuations behind it, a row of its own: as many queries each, and whose keys they
     see"""
-    keys, cuts_q, cuts_k, longest_q, longest_k = Layout(EXAMPLE, "cpu")._segments("cpu")
+    keys, cuts_q, cuts_k, longest_q, longest_k = Layout(EXAMPLE, "cpu").segments
     assert keys.tolist() == [0, 1, 2] + [0, 1, 2, 3, 4] + [0, 1, 2, 5] + [6, 7, 8]
     assert cuts_q.tolist() == [0, 3, 5, 6, 9] and cuts_k.tolist() == [0, 3, 8, 12, 15]
     assert (longest_q, longest_k) == (3, 5)

@@ -84,7 +84,7 @@ def make(vocabulary):
 def structured(env, episode):
     """The same conversation as Qwen's template wants it: calls as dictionaries, results with the role
     "tool"."""
-    messages = env.opening()
+    messages = env.task.opening(env.syntax)
     for span in episode.spans[1:]:
         if span.who == "model" and span.state == "call":
             calls = [json.loads(line) for line in span.text.splitlines() if line.startswith("{")]

@@ -89,7 +89,7 @@ def test_ids_are_the_template_rendering(chat):
     themselves."""
     for t in make_tasks("test", "miss_func", 5):
         env = Env(t)
-        messages = env.opening()
+        messages = env.task.opening(env.syntax)
         e = play(chat, env, truth_script(t), LIMITS)
         for span in e.spans[1:]:
             text = chat.text(e.ids[span.start:span.end])
@@ -131,7 +131,7 @@ def test_another_stop_token_is_an_artefact(chat):
 ])
 def test_limits(chat, limits, status, n_messages):
     call, done = chat.message(CHECK), chat.message("Done.")
-    prompt = chat.prompt(Env(task()).opening())
+    prompt = chat.prompt(task().opening("A"))
     limits.total_tokens = limits.total_tokens or len(prompt) + len(call) + 5     # none for the answer
     e = roll(chat, [call, done, call, done], limits)
     assert (e.status, e.reward, len(e.states)) == (status, 0, n_messages)
@@ -848,7 +848,8 @@ def test_qwen3_without_thinking_has_the_empty_block_in_sampled_and_trained_ids(t
     assert "think" not in "".join(said)
     env = Env(task())
     assert play(chat, env, [[CHECK, "Done."]] * 2, LIMITS).ids == e.ids
-    messages = env.opening() + [{"role": "assistant", "content": CHECK}, {"role": "user", "content": "x"}]
+    messages = env.task.opening(env.syntax)
+    messages += [{"role": "assistant", "content": CHECK}, {"role": "user", "content": "x"}]
     assert chat._render(messages).startswith(chat._render(messages[:2]) + CHECK)
 
 

@@ -187,7 +187,7 @@ def test_hint_is_sampled_with_and_trained_without(model, chat, task):
         add(request)
     engine.add = watched
     group = sample_groups(signal, engine, [task], [0], seed=(0, 0))
-    plain = chat.prompt(Env(task).opening())
+    plain = chat.prompt(task.opening("A"))
     hinted, other = seen[:2]                     # the first messages of the group
     assert other == plain and hint in chat.text(hinted) and hint not in chat.text(plain)
     assert [e.source for e in group] == ["hinted"] + ["policy"] * 3 and all(e.as_sampled for e in group)
