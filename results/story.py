@@ -52,13 +52,13 @@ RECIPES = {
     "lr2e-4+mask+ets": Recipe(f"{SLOW} {MASK} --signal ets {SYNC}", 5),
     "lr2e-4+mask+prs": Recipe(f"{SLOW} {MASK} --signal prs {SYNC}", 3),
     "lr2e-4+mask+sft": Recipe(f"{SLOW} {MASK} --signal sft {SYNC}", 3),
-    "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 3),
+    "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 5),
     "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
 }
 # The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)
 BASES = {"seed1": "--seed 1", "seed2": "--seed 2", "small": "--size small"}
-CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets"]
+CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases"]
 SHIPPED = list(RECIPES)
 for base in BASES:
     for name in CLAIMS:
