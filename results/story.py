@@ -1,18 +1,19 @@
 """results/story.py -- what breaks, why, what fixes it: README's runs, all from the shipped base.
 
-    python results/story.py                      run what is missing (2 to 3 minutes a run on one core, two at once)
+    python results/story.py                      run what is missing (2 to 5 minutes a run on one core)
     python results/story.py --list               what there is to run, and what is done
     python results/story.py --only lr1e-3 --seeds 0 1
     python results/story.py --tables             README's tables again, from the packed records
-    python results/story.py --picture            results/story/story.png, likewise
+    python results/story.py --picture            results/story/*.png, likewise
 
-A recipe is named by what it adds to `python train.py --steps 60`. Runs live under runs/story/, go on where they
-were interrupted, and are packed into results/story/RECIPE-seedN.csv. (results/study: the first study, of 130
-runs, from another base.)
+A recipe is named by what it adds to `python train.py --steps 60`. Runs live under runs/story/, go on where
+they were interrupted, and are packed into results/story/RECIPE-seedN.csv. (results/study: the first study, of
+130 runs, from another base.)
 """
 import functools
 import json
 import sys
+from dataclasses import dataclass
 
 from study import ROOT, Recipe, Study, jobs_of, parser          # first: it makes the files above importable
 from analyze_tokens import mean, smooth
@@ -63,8 +64,8 @@ SHIPPED = list(RECIPES)
 for base in BASES:
     for name in CLAIMS:
         RECIPES[f"{name}@{base}"] = Recipe(f"{RECIPES[name].flags} --model runs/base-{base}", 3)
-# Two schedules that left the code because of these runs (commit 75547fd has them): bursts of 64 rows, 384 in all,
-# while an alarm on P(<tool_call> where text should begin) rings, or at random times
+# Two schedules that left the code because of these runs (commit 75547fd has them): bursts of 64 rows, 384 in
+# all, while an alarm on P(<tool_call> where text should begin) rings, or at random times
 RETIRED = {"lr2e-4+mask+ets+alarm": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive", 3),
            "lr2e-4+mask+ets+random": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive_random", 3)}
 STORY = Study(RECIPES | RETIRED, COMMON, FINAL, "runs/story", DATA)
@@ -74,18 +75,19 @@ STORY = Study(RECIPES | RETIRED, COMMON, FINAL, "runs/story", DATA)
 # 2. Tables
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
-# The paper's: Qwen2.5-1.5B, BFCL multi-turn / ACEBench in brackets / ACEBench in tags (all but the first: from
-# a single third-party note). Its ETS and PRS act in phases.
+# The paper's: Qwen2.5-1.5B, BFCL multi-turn / ACEBench in brackets / ACEBench in tags (the last two: from a
+# single third-party note). Its ETS and PRS act in phases.
 PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 26 / 23",
          "lr1e-3+hbg": "0 / 23 / 0", "lr1e-3+sft-first": "17 / – / –", "lr1e-3+ets+phases": "20 / 9 / 22",
          "lr1e-3+prs+phases": "26 / 12 / 26", "sft": "– / 0 / 24"}
 PARTS = {                                        # table: its recipes
-    "main": ["lr1e-3", "lr1e-3+ops", "lr1e-3+hbg", "lr1e-3+sft-first", "lr1e-3+ets+phases", "lr1e-3+prs+phases",
-             "lr1e-3+ets", "lr1e-3+prs", "sft", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets"],
+    "main": ["lr1e-3", "lr1e-3+ops", "lr1e-3+hbg", "lr1e-3+sft-first", "lr1e-3+ets+phases",
+             "lr1e-3+prs+phases", "lr1e-3+ets", "lr1e-3+prs", "sft", "lr2e-4", "lr2e-4+mask",
+             "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases", "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3")] + ["sft"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
-    "spike": [name for name in [*SHIPPED, *RETIRED] if name.startswith("lr2e-4+mask") and "strict" not in name],
+    "spike": [name for name in [*SHIPPED, *RETIRED] if name.startswith("lr2e-4+mask")],
     "bases": [f"{name}@{base}" for base in BASES for name in CLAIMS]}
 
 
@@ -101,8 +103,8 @@ def base_of(name):
 
 
 def recipe_table(names):
-    """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Reward and messages: the
-    last 10 steps, P(open): the last probe, tests at the end; where a method is the paper's, its three scores"""
+    """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Reward and messages:
+    the last 10 steps, P(open): the last probe, tests at the end; if a method is the paper's, its scores"""
     rows, seen, compared = [], set(), len(PAPER.keys() & names) > 1
     for name in [name for name in names if runs(name)]:
         base = base_of(name)
@@ -142,33 +144,55 @@ MARKED = marked("story")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The picture
-
-
-ALONE, CURED = "lr1e-3", "lr1e-3+ets"
+# 3. The pictures
 RED, BLUE = "#b2182b", "#1b5e9b"
 
 
-def picture(png):
-    """Collapse, cause, cure: the reward of every seed; one run's messages and tokens; the tests at the end"""
+@dataclass
+class Pair:
+    """A picture: collapse, cause, cure"""
+    alone: str                                   # the recipes
+    cured: str
+    wreck: str                                   # their labels
+    cure: str
+    reward: str                                  # the metric
+    title: str
+
+
+PICTURES = {
+    "story.png": Pair("lr1e-3", "lr1e-3+ets", "RL alone", "RL + ETS, same update", "reward",
+                      "RL alone collapses; with supervision it holds"),
+    "spike.png": Pair("lr2e-4+mask", "lr2e-4+mask+ets+phases", "RL, control tokens unpunished",
+                      "... + ETS in two phases (dotted)", "reward_clean",
+                      "Unpunished control tokens, and the cure")}
+
+
+def picture(png, pair):
+    """The reward of every seed; one run's messages and tokens; the tests at the end"""
     fig, axes = pyplot().subplots(1, 3, figsize=(11, 3.5), width_ratios=[1, 1.1, 0.9])
-    rewards(axes[0])
-    messages(axes[1], runs(ALONE)[0])
-    tests(axes[2])
+    rewards(axes[0], pair)
+    messages(axes[1], runs(pair.alone)[0])
+    tests(axes[2], pair)
     fig.tight_layout()
     fig.savefig(png, dpi=130, facecolor="white")         # readable on a dark page too
 
 
-def rewards(ax):
-    for name, colour, dashes, label in ((ALONE, RED, "-", "RL alone"), (CURED, BLUE, "--", "RL + ETS, same update")):
-        done = [smooth(records, "reward") for records in runs(name)]
+def rewards(ax, pair):
+    lines = (pair.alone, RED, "-", pair.wreck), (pair.cured, BLUE, "--", pair.cure)
+    for name, colour, dashes, label in lines:
+        done = [smooth(records, pair.reward) for records in runs(name)]
         for steps, values in done:
             ax.plot(steps, values, dashes, color=colour, lw=0.6, alpha=0.6)
         middle = [mean(values) for values in zip(*(values for _, values in done))]
-        ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=f"{label} ({len(done)} seeds; bold: mean)")
-    ax.set_title("RL alone collapses; with supervision it holds")
-    ax.set_xlabel("step (learning rate 1e-3)")
-    ax.set_ylabel("reward, mean of 5 steps")
+        label = f"{label} ({len(done)} seeds; bold: mean)"
+        ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=label)
+    for record in runs(pair.cured)[0]:
+        if record.get("phase") == "sft_phase":
+            ax.axvline(record["step"], color=BLUE, ls=":", lw=0.8)
+    ax.set_title(pair.title)
+    ax.set_xlabel(f"step (learning rate {pair.alone[2:6]})")
+    ax.set_ylabel("reward, mean of 5 steps" if pair.reward == "reward" else
+                  "solved with clean messages, mean of 5 steps")
     ax.set_ylim(0, 1.05)
     ax.legend(loc="upper left")
 
@@ -178,8 +202,8 @@ def messages(ax, records):
     rolled = [r for r in records if "reward" in r]
     shares = [[r[f"state/{state}"] for r in rolled] for state in STATES]
     colours, hatches = zip(*(FILLS[state] for state in STATES))
-    ax.stackplot([r["step"] for r in rolled], shares, labels=STATES, colors=colours, hatch=hatches, alpha=0.75,
-                 edgecolor="white", lw=0.2)
+    ax.stackplot([r["step"] for r in rolled], shares, labels=STATES, colors=colours, hatch=hatches,
+                 alpha=0.75, edgecolor="white", lw=0.2)
     for column, style, label in (("p/open|text", "k-o", "p(<tool_call>) where text should begin"),
                                  ("p/end|open", "k--s", "p(<|im_end|>) right after <tool_call>")):
         ax.plot(*smooth(records, column, 1), style, ms=3, lw=1.4, label=label)
@@ -191,14 +215,15 @@ def messages(ax, records):
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=4, fontsize=6, columnspacing=1)
 
 
-def tests(ax):
+def tests(ax, pair):
     base = json.loads((DATA / "base.json").read_text())
-    for k, (label, colour, hatch) in enumerate((("base", "#bbbbbb", ""), ("RL alone", RED, "xx"),
-                                                ("RL + ETS", BLUE, "///"))):
+    bars = (("base", "#bbbbbb", "", None), ("RL", RED, "xx", pair.alone),
+            ("RL + ETS", BLUE, "///", pair.cured))
+    for k, (label, colour, hatch, name) in enumerate(bars):
         for x, score in enumerate(TESTS.values()):
             values = [100 * base[score.removeprefix("final/")]]
-            if label != "base":
-                values = [100 * late(records, score, n=1) for records in runs(ALONE if k == 1 else CURED)]
+            if name:
+                values = [100 * late(records, score, n=1) for records in runs(name)]
             middle = mean(values)
             ax.bar(x + 0.27 * (k - 1), middle, 0.25, color=colour, hatch=hatch, edgecolor="black", lw=0.4,
                    yerr=[[middle - min(values)], [max(values) - middle]], capsize=2, error_kw={"lw": 0.8},
@@ -218,13 +243,14 @@ def tests(ax):
 def main(argv=None):
     p = parser()
     p.description = __doc__
-    p.add_argument("--picture", action="store_true", help="draw results/story/story.png again")
+    p.add_argument("--picture", action="store_true", help="draw results/story/*.png again")
     args = p.parse_args(argv)
     jobs = [(name, seed) for name, seed in jobs_of(STORY, args, p.error) if name not in RETIRED]
     if args.tables:
         rewrite(PAGES, MARKED, TABLES)
     elif args.picture:
-        picture(DATA / "story.png")
+        for name, pair in PICTURES.items():
+            picture(DATA / name, pair)
     elif args.list:
         for name, seed in jobs:
             state = "done   " if STORY.packed(name, seed).exists() else "missing"

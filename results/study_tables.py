@@ -87,8 +87,8 @@ def fall(records, end=10):
 
 def rings(records, column, factor):
     """The step of the first probe above factor x the value at the start, or None. A metric of every step
-    counts with its mean since the last probe. (The fastest alarm that there can be: the one of `adaptive` took
-    three probes as baseline, and two in a row.)"""
+    counts with its mean since the last probe. (The fastest alarm that there can be: the one of `adaptive`
+    took three probes as baseline, and two in a row.)"""
     first, since = None, []
     for r in records:
         if "p/open|text" in r:                   # a probe: before the training of its step

@@ -511,7 +511,8 @@ def test_every_signal_runs_with_every_schedule_it_names(folder, signal, schedule
             "--sft_batch", "22", "--ets_window", "1", "--hints", "1", "--out", out]
     assert train.cli(args) == 0
     steps = [r for r in rows(out) if "phase" in r]
-    assert [r["phase"] for r in steps] == train.plan(train.parse_args(args)) and all(r["skipped_updates"] == 0 for r in steps)
+    assert [r["phase"] for r in steps] == train.plan(train.parse_args(args))
+    assert all(r["skipped_updates"] == 0 for r in steps)
     for r in steps:
         assert ("sft_loss" in r) == ("sft" in r["phase"]) or r.get("sft_rows") == 0
         assert ("reward" in r) == ("rl" in r["phase"])
