@@ -56,6 +56,7 @@ RECIPES = {
     "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 5),
     "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
+    "lr2e-4+released": Recipe(f"{SLOW} --as_released --kl_weight 1e-4", 3),
 }
 # The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)
 BASES = {"seed1": "--seed 1", "seed2": "--seed 2", "small": "--size small"}
@@ -184,7 +185,7 @@ def rewards(ax, pair):
         for steps, values in done:
             ax.plot(steps, values, dashes, color=colour, lw=0.6, alpha=0.6)
         middle = [mean(values) for values in zip(*(values for _, values in done))]
-        label = f"{label} ({len(done)} seeds; bold: mean)"
+        label = f"{label} ({len(done)} seeds)"
         ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=label)
     for record in runs(pair.cured)[0]:
         if record.get("phase") == "sft_phase":
