@@ -186,7 +186,7 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
                 exact.append(True)
             elif place.is_call:
                 exact[-1] = exact[-1] and is_first
-    metrics = {name: mean(values) for name, values in total.items()}             # syntax B lacks two slots
+    metrics = {name: mean(values) for name, values in total.items()}
     if start:
         pairs = zip(log_likelihood, start, strict=True)
         metrics["p/moved"] = mean(abs(now - before) for now, before in pairs)
@@ -259,7 +259,7 @@ def one_line(record):
     """-> "step    3  rl   reward 0.250  mixed 0.42  |  call 0.50  ..  |  entropy 0.310  grad 0.52  1.4 s" """
     formats = {"reward": "reward {:.3f}", "mixed_groups": "mixed {:.2f}  |",
                **{f"state/{s}": s + " {:.2f}" for s in STATES}, "entropy": "|  entropy {:.3f}",
-               "sft_updates": "{} SFT updates", "sft_rows": "on {} rows", "sft_loss": "sft_loss {:.3f}",
+               "sft_updates": "{} SFT updates", "sft_rows": "{} rows", "sft_loss": "sft_loss {:.3f}",
                "grad_norm": "grad {:.2f}", "seconds": "{:.1f} s"}
     parts = [text.format(record[name]) for name, text in formats.items() if name in record]
     return "  ".join([f"step {record['step']:4d}", f"{record['phase']:3s}", *parts])

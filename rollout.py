@@ -435,7 +435,8 @@ class HFEngine:
 
     @torch.no_grad()
     def collect(self):
-        for slot in sorted(self.ended.values(), reverse=True):       # not continued: filled from behind
+        # Slots of conversations that went no further are filled from behind; new ones take free slots.
+        for slot in sorted(self.ended.values(), reverse=True):
             last = self.live.pop()
             if slot < len(self.live):
                 self.cache.copy(len(self.live), slot, last.cached)
@@ -454,6 +455,7 @@ class HFEngine:
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
+        # leader_of: {slot: the slot that computes its last token in this pass}, mostly itself
         fed, n_tokens, leaders, leader_of = {}, 0, {}, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
@@ -483,7 +485,7 @@ class HFEngine:
         if self.temperature == 0:
             token = logp.argmax(-1)
         else:  # inverse CDF in float64: in float32 the sum over 152k tokens would round rare tokens away
-            # Each with noise of its own: a rollout depends neither on who shares the pass nor the work.
+            # Noise of its own: who shares the pass, or how many processes the work, changes no rollout.
             u = torch.tensor([talk.noise[len(talk.said.ids)] for talk in talks], device=logp.device)
             cdf = logp.double().exp().cumsum(-1)
             token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]

@@ -67,7 +67,7 @@ def gather(items):
 
 def rank0_first(make):
     """Only rank 0 calls make(); all ranks get what it returns. A UserError there ends all of them."""
-    outcome = [None, None]
+    outcome = [None, None]                       # result, mistake
     if rank() == 0:
         try:
             outcome[0] = make()
@@ -421,18 +421,17 @@ def sft_phase(model, optimizer, rows, args, seed):
         return {"sft_rows": 0, "sft_updates": 0, "sft_visits": 0, "skipped_updates": 0}
     batches, done = [], []
     for epoch in range(args.sft_epochs):
-        one_pass = shuffled_passes(rows, epoch * len(rows), len(rows), seed)
-        batches += message_batches(one_pass, args.sft_batch)
+        shuffled = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
+        batches += message_batches(shuffled, args.sft_batch)
     warmup = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
     quiet = None if rank() == 0 else True
     for u, some in enumerate(tqdm(batches, desc="SFT phase", leave=False, disable=quiet)):
         rate = args.sft_lr * phase_rate(u, len(batches), warmup)
         done.append(sft_update(model, optimizer, some, rate, args.micro_tokens))
-    total = {name: sum(m[name] for m in done) for name in ("sft_loss", "grad_norm", "skipped_updates")}
-    return {"sft_rows": len(rows), "sft_updates": len(batches), "sft_visits": args.sft_epochs * len(rows),
-            "skipped_updates": total["skipped_updates"],
-            "sft_loss": total["sft_loss"] / len(done), "grad_norm": total["grad_norm"] / len(done),
-            "sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
+    means = {name: sum(m[name] for m in done) / len(done) for name in ("sft_loss", "grad_norm")}
+    return means | {"sft_rows": len(rows), "sft_visits": args.sft_epochs * len(rows),
+                    "sft_updates": len(done), "skipped_updates": sum(m["skipped_updates"] for m in done),
+                    "sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
 
 
 def phase_rate(u, total, warmup):

@@ -212,7 +212,8 @@ def plan(args):
             steps += ["rl"] * length + ["sft_phase"]
         return steps[:-1]
     rl_steps = ["rl+sft" if args.schedule == "synchronous" else "rl"] * args.steps
-    return {"sft": ["sft_phase"], "sft_then_rl": ["sft_phase", *rl_steps]}.get(args.schedule, rl_steps)
+    first = ["sft_phase"] if args.schedule in ("sft", "sft_then_rl") else []
+    return first if args.schedule == "sft" else first + rl_steps
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def restore(run, checkpoint):
 def run_config(args):
     """The flags that a resumption must share: all that change what is trained. Of a file its checksum too"""
     free = {"resume", "out", "eval_every", "save_every", "keep", "threads", "micro_tokens", "eval_only",
-            "kv_cache_gb", "wandb"}
+            "kv_cache_gb", "wandb", "probe_every"}
     config = {name: value for name, value in vars(args).items() if name not in free}
     for name in ("chat_template", "sft_file"):
         if config[name] and Path(config[name]).is_file():
@@ -411,7 +412,8 @@ def check_run(args):
     for name in sorted(config.keys() | before.keys()):
         if config.get(name) != before.get(name):
             raise UserError(f"the run in {out} was started with --{name} {before.get(name)}, not "
-                            f"{config.get(name)}; resume it with the same flags, or start another --out.")
+                            f"{config.get(name)}; resume it with the same flags (and version), or start "
+                            "another --out.")
     return newest_checkpoint(out)
 
 
@@ -430,7 +432,8 @@ def open_folder(run):
     for path, records in kept.items():
         shutil.copy(path, f"{path}.old")         # should the step be the wrong one
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
-    (out / "episodes.jsonl").touch()             # a run without RL steps has one too: an empty one
+    for name in ("metrics.jsonl", "episodes.jsonl"):
+        (out / name).touch()                     # there from the start, if empty: this is a run
     folder = out / "checkpoints"
     for path in [*folder.glob(".tmp-*"), *(folder / f"step-{s}" for s in saved_steps(out) if s > step)]:
         shutil.rmtree(path)
@@ -446,9 +449,9 @@ class Progress:
     of the seed, the step and the place where it is made."""
     step: int = 0
     rl_steps: int = 0
-    rows: int = 0  # supervised rows trained; the position in the stream of "sft"
+    rows: int = 0  # supervised rows trained; the position in the stream of "rl+sft"
     phase: str = ""                              # of the last step, see `plan`
-    since_switch: int = 0                        # steps since they changed
+    since_switch: int = 0                        # steps since it changed
 
 
 def build(args, device):
@@ -593,6 +596,7 @@ def train(run):
             everyones = gather(episodes)         # all ranks see all rollouts
             signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
             log |= rollout_metrics(everyones, gather(credit)) | {"rollout_s": time.time() - began}
+            del everyones                        # hundreds of megabytes of a real run
             # ---- what the signal does before the update; p_old of what nobody sampled as it is trained
             episodes = signal.before_update(episodes)
             assert len(episodes) == len(credit), "before_update must keep every episode, in order"

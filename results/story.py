@@ -247,6 +247,8 @@ def main(argv=None):
     p.add_argument("--picture", action="store_true", help="draw results/story/*.png again")
     args = p.parse_args(argv)
     jobs = [(name, seed) for name, seed in jobs_of(STORY, args, p.error) if name not in RETIRED]
+    if not jobs:
+        p.error(f"--only {' '.join(args.only)}: that schedule has left the code; commit 75547fd has it")
     if args.tables:
         rewrite(PAGES, MARKED, TABLES)
     elif args.picture:

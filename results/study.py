@@ -102,7 +102,7 @@ RECIPES = {
 # ------------------------------------------------------------------------------------------------------------
 # 2. Runs
 KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/",
-        "alarm", "eval/", "test/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
+        "eval/", "test/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
         "hint_log_ratio", "messages", "no_call")     # how the columns begin that are packed
 FINAL = "--eval_only --closing lenient --threads 1"
 
