@@ -167,13 +167,11 @@ def our_passes(sizes, job, variant):
 class World:
     """Stands for tools.Env: the same tool result answers every message but the last, whatever they say; half
     of each group is rewarded, so that the update leaves none out."""
-    syntax, turn, failed_turn, status, task = "A", 0, None, None, SimpleNamespace(id="bench")
+    syntax, turn, failed_turn, status = "A", 0, None, None
 
     def __init__(self, prompt, result, messages, reward):
-        self.prompt, self.result, self.left, self.reward = prompt, result, messages, reward
-
-    def opening(self):
-        return opening(self.prompt)
+        self.result, self.left, self.reward = result, messages, reward
+        self.task = SimpleNamespace(id="bench", opening=lambda syntax: opening(prompt))
 
     def step(self, message):
         self.left -= 1
