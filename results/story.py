@@ -162,7 +162,7 @@ class Pair:
 
 PICTURES = {
     "story.png": Pair("lr1e-3", "lr1e-3+ets", "RL alone", "RL + ETS, same update", "reward",
-                      "RL alone collapses; with supervision it holds"),
+                      "RL alone collapses; with ETS it holds"),
     "spike.png": Pair("lr2e-4+mask", "lr2e-4+mask+ets+phases", "RL, control tokens unpunished",
                       "... + ETS in two phases (dotted)", "reward_clean",
                       "Unpunished control tokens, and the cure")}
@@ -210,7 +210,7 @@ def messages(ax, records):
         ax.plot(*smooth(records, column, 1), style, ms=3, lw=1.4, label=label)
     ax.set_ylim(0, 1)
     ax.set_xlim(0, rolled[-1]["step"])
-    ax.set_title("Why: control tokens rise where they are wrong (seed 0)")
+    ax.set_title("Why, seed 0: control tokens rise where they are wrong")
     ax.set_ylabel("share of messages; probability")
     ax.set_xlabel("step")
     ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.16), ncol=4, fontsize=6, columnspacing=1)
