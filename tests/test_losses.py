@@ -1,6 +1,7 @@
 """Every loss against an independent float64 reference written out by hand (plain Python loops, one token at a
 time), and the invariances: chunks, micro-batches, processes."""
 import copy
+import gc
 import inspect
 import math
 import random
@@ -749,6 +750,8 @@ def uneven(rank, folder):
     if rank == 0:
         torch.save((grads, hooks), f"{folder}/grads.pt")
     dist.barrier()
+    del m, model, reference, grads               # FSDP's modules hold the group: as in train.cli
+    gc.collect()
     dist.destroy_process_group()
 
 
