@@ -650,8 +650,13 @@ def main(args):
 def cli(argv=None):
     """main, with user mistakes as one sentence and exit status 2, Ctrl-C as 130, SIGTERM as 143"""
     def stop(number, frame):
+        # Some C code drops any exception (to ask whether an object has an attribute): then it comes again.
+        os_signal.signal(os_signal.SIGALRM, lambda *_: stop(number, frame))
+        os_signal.alarm(2)
         raise KeyboardInterrupt(number)
-    os_signal.signal(os_signal.SIGTERM, stop)
+    for number in (os_signal.SIGTERM, os_signal.SIGINT):
+        if os_signal.getsignal(number) != os_signal.SIG_IGN:
+            os_signal.signal(number, stop)
     args, status, first = None, 0, os.environ.get("RANK", "0") == "0"
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     try:
@@ -662,6 +667,7 @@ def cli(argv=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt as error:
+        os_signal.alarm(0)
         begun = args and not args.eval_only and (Path(args.out) / "config.json").exists()
         where = f"the same command with --resume continues {args.out}" if begun else "no run was begun"
         print(f"\ntrain.py: stopped; {where}" if first else "", file=sys.stderr)

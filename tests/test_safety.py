@@ -649,6 +649,22 @@ def test_signals_end_a_run_with_a_sentence(folder, number, status):
         assert (f"--resume continues {out}" if begun else "no run was begun") in said
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_a_library_drops_comes_again(folder, monkeypatch, number, status):
+    def deaf(args):
+        try:
+            time.sleep(20)
+        except KeyboardInterrupt:
+            pass
+        time.sleep(20)
+    monkeypatch.setattr(train, "main", deaf)
+    pid = in_a_child(lambda: train.cli([*SMALL]))
+    time.sleep(0.5)
+    os.kill(pid, number)
+    began = time.time()
+    assert ended([pid]) == [status] and time.time() - began < 5
+
+
 def test_sigterm_under_torchrun(folder):
     """torchrun passes it on; the run says where it can be continued, once, and can be."""
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
