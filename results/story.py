@@ -19,7 +19,8 @@ from study import ROOT, Recipe, Study, jobs_of, parser          # first: it make
 from analyze_tokens import mean, smooth
 from plot import FILLS, pyplot
 from rollout import STATES
-from study_tables import MALFORMED, code, falls, late, markdown, marked, percent, rewrite, spread
+from study_tables import (MALFORMED, autopsy_table, code, falls, late, markdown, marked, percent, rewrite,
+                          spread)
 
 DATA = ROOT / "results" / "story"
 COMMON = "--steps 60 --eval_every -1 --save_every 30 --keep 1 --threads 1"
@@ -140,6 +141,7 @@ def recipes_table():
 
 TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
 TABLES["recipes"] = recipes_table
+TABLES["autopsy"] = functools.partial(autopsy_table, short=True, file=DATA / "autopsy.json")
 PAGES = (ROOT / "README.md", DATA / "README.md")
 MARKED = marked("story")
 
