@@ -386,7 +386,7 @@ def two_steps(rng, apps):
 def _make_task(rng, category, task_id, held_out):
     known = [app for app in APPS if app != HELD_OUT]
     usable = [HELD_OUT] if held_out else rng.sample(known, rng.choice((1, 2)))
-    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [], category == "long_context")
+    task = Task(task_id, category, {}, usable, f"apps {rng.random()}", [], padded=category == "long_context")
     docs = {tool: doc for app in usable for tool, doc in DOCS[app].items()}
     tools, apps = list(docs), task.fresh_apps()
     play = lambda calls: [getattr(apps[TOOL_APP[tool]], tool)(**args) for tool, args in calls]

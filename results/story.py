@@ -58,6 +58,9 @@ RECIPES = {
     "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
     "lr2e-4+released": Recipe(f"{SLOW} --as_released --kl_weight 1e-4", 3),
+    # README's first and third command once more, as sums are rounded on two threads
+    "lr1e-3+threads2": Recipe(f"{FAST} --threads 2", 10),
+    "lr1e-3+ets+threads2": Recipe(f"{FAST} --signal ets {SYNC} --threads 2", 10),
 }
 # The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)
 BASES = {"seed1": "--seed 1", "seed2": "--seed 2", "small": "--size small"}
@@ -65,7 +68,7 @@ CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict",
 SHIPPED = list(RECIPES)
 for base in BASES:
     for name in CLAIMS:
-        RECIPES[f"{name}@{base}"] = Recipe(f"{RECIPES[name].flags} --model runs/base-{base}", 3)
+        RECIPES[f"{name}@{base}"] = Recipe(f"{RECIPES[name].flags} --model runs/base-{base}", 5)
 # Two schedules that left the code because of these runs (commit 75547fd has them): bursts of 64 rows, 384 in
 # all, while an alarm on P(<tool_call> where text should begin) rings, or at random times
 RETIRED = {"lr2e-4+mask+ets+alarm": Recipe(f"{SLOW} {MASK} --signal ets --schedule adaptive", 3),
@@ -87,7 +90,8 @@ PARTS = {                                        # table: its recipes
              "lr1e-3+prs+phases", "lr1e-3+ets", "lr1e-3+prs", "sft", "lr2e-4", "lr2e-4+mask",
              "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases", "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
-    "cures": [name for name in SHIPPED if name.startswith("lr1e-3")] + ["sft"],
+    "cures": [name for name in SHIPPED if name.startswith("lr1e-3") and "threads" not in name] + ["sft"],
+    "threads": ["lr1e-3", "lr1e-3+threads2", "lr1e-3+ets", "lr1e-3+ets+threads2"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
     "spike": [name for name in [*SHIPPED, *RETIRED] if name.startswith("lr2e-4+mask")],
     "bases": [f"{name}@{base}" for base in BASES for name in CLAIMS]}
