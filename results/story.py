@@ -138,13 +138,32 @@ def recipe_table(names):
     return markdown(" | ".join(header), rows)
 
 
+BESIDE = {"by the reward's rule, %": "final/average", "`long_context`, %": "final/long_context_clean",
+          "greedy messages: polluted, %": "final/state/polluted", "collapsed, %": "final/state/collapsed",
+          "other, %": "final/state/empty final/state/cut"}
+
+
+def beside_table():
+    """What `recipe_table` leaves out: rows of supervision (a row again is one more); test tasks by the rule of
+    the reward; those of one category; what the greedy messages of the test tasks are"""
+    rows = []
+    for name in [name for name in [*SHIPPED, *RETIRED] if runs(name)]:
+        trained = [sum(r.get("sft_visits", 0) for r in records) for records in runs(name)]
+        tests = [percent([late(r, *columns.split(), n=1) for r in runs(name)]) for columns in BESIDE.values()]
+        rows.append([code(name), len(runs(name)), spread(trained, 0) if any(trained) else None, *tests])
+    base = json.loads((DATA / "base.json").read_text())
+    scores = [sum(base[c.removeprefix("final/")] for c in columns.split()) for columns in BESIDE.values()]
+    rows.insert(0, ["the base", None, None, *(f"{100 * score:.0f}" for score in scores)])
+    return markdown(" | ".join(["recipe", "seeds", "rows of supervision", *BESIDE]), rows)
+
+
 def recipes_table():
     rows = [[code(name), code(recipe.flags), len(runs(name))] for name, recipe in STORY.recipes.items()]
     return markdown("recipe | flags | seeds", rows)
 
 
 TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
-TABLES["recipes"] = recipes_table
+TABLES |= {"recipes": recipes_table, "beside": beside_table}
 TABLES["autopsy"] = functools.partial(autopsy_table, short=True, file=DATA / "autopsy.json")
 PAGES = (ROOT / "README.md", DATA / "README.md")
 MARKED = marked("story")
