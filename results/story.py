@@ -7,20 +7,23 @@
     python results/story.py --picture            results/story/*.png, likewise
 
 A recipe is named by what it adds to `python train.py --steps 60`. Runs live under runs/story/, go on where
-they were interrupted, and are packed into results/story/RECIPE-seedN.csv. (results/study: the first study, of
-130 runs, from another base.)
+they were interrupted, and are packed into results/story/RECIPE-seedN.csv.
+
+    1. recipes       2. tables       3. pictures       4. the command line
 """
 import functools
 import json
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from study import ROOT, Recipe, Study, jobs_of, parser          # first: it makes the files above importable
+# This import comes first: it makes the files above importable
+from study import ROOT, Recipe, Study, code, falls, jobs_of, late, markdown, parser, percent, spread
 from analyze_tokens import mean, smooth
 from plot import FILLS, pyplot
-from rollout import STATES
-from study_tables import (MALFORMED, autopsy_table, code, falls, late, markdown, marked, percent, rewrite,
-                          spread)
+from rl_step import PRESSURES
+from rollout import STATES, is_clean
 
 DATA = ROOT / "results" / "story"
 COMMON = "--steps 60 --eval_every -1 --save_every 30 --keep 1 --threads 1"
@@ -29,8 +32,8 @@ FINAL = "--eval_only --closing lenient --threads 1"
 # ------------------------------------------------------------------------------------------------------------
 # 1. Recipes
 FAST, SLOW = "--lr 1e-3", "--lr 2e-4"
-MASK, STRICT, SYNC = "--mask_control", "--closing strict", "--schedule synchronous"
-PHASES = "--schedule interleaved"
+MASK, STRICT = "--mask_control", "--closing strict"
+SYNC, PHASES = "--schedule synchronous", "--schedule interleaved"
 RECIPES = {
     # RL alone, and each supervision signal, at a rate where RL alone collapses
     "lr1e-3": Recipe(FAST, 10),
@@ -56,6 +59,10 @@ RECIPES = {
     "lr2e-4+mask+sft": Recipe(f"{SLOW} {MASK} --signal sft {SYNC}", 3),
     "lr2e-4+mask+ets+phases": Recipe(f"{SLOW} {MASK} --signal ets {PHASES}", 5),
     "lr2e-4+mask+prs+phases": Recipe(f"{SLOW} {MASK} --signal prs {PHASES}", 3),
+    # what else breaks a recipe that holds?
+    "lr2e-4+shuffled": Recipe(f"{SLOW} --reward shuffled", 3),
+    "lr2e-4+negative": Recipe(f"{SLOW} --only negative", 3),
+    "lr2e-4+positive": Recipe(f"{SLOW} --only positive", 3),
     "lr5e-4": Recipe("--lr 5e-4", 3),
     "lr2e-4+released": Recipe(f"{SLOW} --as_released --kl_weight 1e-4", 3),
     # README's first and third command once more, as sums are rounded on two threads
@@ -64,7 +71,8 @@ RECIPES = {
 }
 # The main claims again from other bases: `lr1e-3@seed1` starts from the one of seed 1 (make_base.py makes it)
 BASES = {"seed1": "--seed 1", "seed2": "--seed 2", "small": "--size small"}
-CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases"]
+CLAIMS = ["lr1e-3", "lr1e-3+ets", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases",
+          "lr2e-4+mask+ets"]
 SHIPPED = list(RECIPES)
 for base in BASES:
     for name in CLAIMS:
@@ -80,6 +88,7 @@ STORY = Study(RECIPES | RETIRED, COMMON, FINAL, "runs/story", DATA)
 # 2. Tables
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
+MALFORMED = tuple(f"state/{state}" for state in STATES if not is_clean([state]))
 # The paper's: Qwen2.5-1.5B, BFCL multi-turn / ACEBench in brackets / ACEBench in tags (the last two: from a
 # single third-party note). Its ETS and PRS act in phases.
 PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 26 / 23",
@@ -93,6 +102,7 @@ PARTS = {                                        # table: its recipes
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3") and "threads" not in name] + ["sft"],
     "threads": ["lr1e-3", "lr1e-3+threads2", "lr1e-3+ets", "lr1e-3+ets+threads2"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
+    "causes": ["lr2e-4", "lr2e-4+positive", "lr2e-4+negative", "lr2e-4+shuffled", "lr2e-4+released"],
     "spike": [name for name in [*SHIPPED, *RETIRED] if name.startswith("lr2e-4+mask")],
     "bases": [f"{name}@{base}" for base in BASES for name in CLAIMS]}
 
@@ -125,7 +135,7 @@ def recipe_table(names):
         if late(done[0], "reward") is None:      # no RL in it
             cells += ["–"] * 4
         else:
-            cells += [falls(done, name="reward"), spread([late(r, "reward") for r in done]),
+            cells += [falls(done, "reward"), spread([late(r, "reward") for r in done]),
                       percent([late(r, *MALFORMED) for r in done]),
                       spread([late(r, "p/open|text", n=1) for r in done])]
         rows.append(cells + [percent([late(r, score, n=1) for r in done]) for score in TESTS.values()])
@@ -144,8 +154,8 @@ BESIDE = {"by the reward's rule, %": "final/average", "`long_context`, %": "fina
 
 
 def beside_table():
-    """What `recipe_table` leaves out: rows of supervision (a row again is one more); test tasks by the rule of
-    the reward; those of one category; what the greedy messages of the test tasks are"""
+    """What `recipe_table` leaves out: rows of supervision (a row again is one more); test tasks by the rule
+    of the reward; those of one category; what the greedy messages of the test tasks are"""
     rows = []
     for name in [name for name in [*SHIPPED, *RETIRED] if runs(name)]:
         trained = [sum(r.get("sft_visits", 0) for r in records) for records in runs(name)]
@@ -162,15 +172,56 @@ def recipes_table():
     return markdown("recipe | flags | seeds", rows)
 
 
+def pressure_table():
+    """Who pushes the logits of the open tag and of the end token? Per RL step and 1,000 trained tokens, all
+    places together (rl_step.pressure); mean over the run, then over seeds"""
+    rows = []
+    for name in [name for name in PUSHED if runs(name)]:
+        for token in ("open", "end"):
+            parts = []
+            for part in PRESSURES:
+                parts.append(1000 * mean(late(r, f"push/{token}|{part}", n=len(r)) for r in runs(name)))
+            rows.append([code(name), token, *(f"{push:+.2f}" for push in (*parts, sum(parts)))])
+    return markdown("recipe | token | sampled in a clean message | sampled in a malformed one | "
+                    "others, A > 0 | others, A < 0 | sum", rows)
+
+
+PUSHED = ("lr1e-3", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases")
+
+
+def autopsy_table():
+    """What autopsy.py --json has written: one column per checkpoint, beside the base that it started from"""
+    reports = json.loads((DATA / "autopsy.json").read_text())
+    first, rows = next(iter(reports.values())), []
+    for line in [line for line in first if not line.startswith("base: ") and line != "risers"]:
+        plain, cells = line.removeprefix("model: "), []
+        for report in reports.values():
+            both = [report.get(f"base: {plain}"), report.get(line)]
+            cells.append(" / ".join("" if value is None else f"{value:.2f}" for value in both).strip(" /"))
+        shown = plain.replace("<|im_end|>", "the end token")         # Markdown eats it, and bare tags
+        rows.append([re.sub(r"</?tool_call>", r"`\g<0>`", shown), *cells])
+    risen = []
+    for report in reports.values():
+        risen.append(", ".join(f"`{token!r}` {after:.2f}" for token, _, after in report["risers"][:2]))
+    rows.append(["what rose most where it does not belong, mean probability", *risen])
+    return markdown(" | ".join(["base / wreck", *(code(Path(run).name) for run in reports)]), rows)
+
+
 TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
-TABLES |= {"recipes": recipes_table, "beside": beside_table}
-TABLES["autopsy"] = functools.partial(autopsy_table, short=True, file=DATA / "autopsy.json")
+TABLES |= {"recipes": recipes_table, "beside": beside_table, "pressure": pressure_table,
+           "autopsy": autopsy_table}
 PAGES = (ROOT / "README.md", DATA / "README.md")
-MARKED = marked("story")
+# What finds the tables on a page; groups: the table's name, its lines
+MARKED = re.compile(r"(?<=<!-- story: )(\S+) -->\n((?:\|[^\n]*(?:\n(?=\|))?)*)")
+
+
+def rewrite():
+    for page in PAGES:
+        page.write_text(MARKED.sub(lambda m: f"{m[1]} -->\n{TABLES[m[1]]()}", page.read_text()))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The pictures
+# 3. Pictures
 RED, BLUE = "#b2182b", "#1b5e9b"
 
 
@@ -267,15 +318,14 @@ def tests(ax, pair):
 
 
 def main(argv=None):
-    p = parser()
-    p.description = __doc__
+    p = parser(__doc__)
     p.add_argument("--picture", action="store_true", help="draw results/story/*.png again")
     args = p.parse_args(argv)
     jobs = [(name, seed) for name, seed in jobs_of(STORY, args, p.error) if name not in RETIRED]
     if not jobs:
         p.error(f"--only {' '.join(args.only)}: that schedule has left the code; commit 75547fd has it")
     if args.tables:
-        rewrite(PAGES, MARKED, TABLES)
+        rewrite()
     elif args.picture:
         for name, pair in PICTURES.items():
             picture(DATA / name, pair)

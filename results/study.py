@@ -1,17 +1,14 @@
-"""results/study.py -- runs of train.py, trained, evaluated and packed alike: what all studies share.
+"""results/study.py -- a study: recipes, each of them some runs of train.py, evaluated and packed alike.
 
     python results/story.py                      README's runs: collapse, cause, cure
-    python results/study.py --paper              the paper's comparison, here or on real data: study_paper.py
-    python results/study.py --list               the first study: its command lines
-    python results/study.py --tables             ... its tables again, from the packed records
-    python results/study.py --pictures           ... and results/study/*.png
+    python results/paper.py                      the paper's comparison, here or on real data
 
-A study is a list of recipes; each run is one `train.py` command line: common flags, the recipe's, --seed. Runs go
-on where they were interrupted. A finished run is evaluated once more, under the same rule whatever it was
-trained with (columns final/*); then its records are packed into a CSV: all steps, rounded to four digits,
-without the columns that no table or picture uses.
+Each run is one `train.py` command line: the study's flags, the recipe's, --seed. Runs go on where they were
+interrupted. A finished one is evaluated once more, under the same rule whatever it was trained with (columns
+final/*); then its records are packed into a CSV: all steps, rounded to four digits, without the columns that
+no table or picture uses.
 
-The first study (130 runs) is closed: its base is not the one that ships now, so nothing can be added to it.
+    1. runs      made and packed       2. the command line       3. tables     of the packed records
 """
 import argparse
 import csv
@@ -27,84 +24,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "results" / "study"
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import train  # noqa: E402
-from analyze_tokens import read_records  # noqa: E402
+from analyze_tokens import collapse, mean, read_records  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. Recipes
+# 1. Runs
+KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/",
+        "eval/", "test/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
+        "hint_log_ratio", "messages", "no_call")     # how the columns begin that are packed
 
 
 @dataclass
 class Recipe:
-    flags: str                                   # a later flag overrides an earlier one, and COMMON's
+    flags: str                                   # a later flag overrides an earlier one, and the study's
     seeds: int = 3
-
-
-COMMON = "--lr 5e-4 --steps 100 --eval_every 50 --save_every 25 --keep -1 --threads 1"
-SLOW, FAST = "--lr 2e-4", "--lr 1e-3 --steps 60"
-ETS, PRS = "--signal ets --schedule interleaved", "--signal prs --schedule interleaved"
-# About as many rows as ETS trains. (This schedule and adaptive_random have left the code; see results/story.)
-ADAPTIVE = "--signal ets --schedule adaptive --sft_budget 256"
-SYNC = "--signal ets --schedule synchronous --sft_batch 80"
-RECIPES = {
-    # the paper's comparison, and ours
-    "none": Recipe("", 5),
-    "strict": Recipe("--closing strict", 5),
-    "sft": Recipe("--signal sft --schedule sft", 5),
-    "sft_then_rl": Recipe("--signal sft --schedule sft_then_rl", 5),
-    "ops": Recipe("--signal ops", 5),
-    "hbg": Recipe("--signal hbg", 5),
-    "ets": Recipe(ETS, 5),
-    "prs": Recipe(PRS, 5),
-    "adaptive": Recipe(ADAPTIVE, 5),
-    "random_time": Recipe("--signal ets --schedule adaptive_random --sft_budget 256", 5),
-    "ets_sync": Recipe(SYNC),
-    # which cause? one thing changed in `fast`: twice the rate, where every seed collapses within 60 steps
-    "fast": Recipe(FAST, 5),
-    "fast_strict": Recipe(f"{FAST} --closing strict", 5),
-    "fast_random_reward": Recipe(f"{FAST} --reward random"),
-    "fast_shuffled_reward": Recipe(f"{FAST} --reward shuffled"),
-    "fast_format_reward": Recipe(f"{FAST} --reward format"),
-    "fast_positive_only": Recipe(f"{FAST} --only positive"),
-    "fast_negative_only": Recipe(f"{FAST} --only negative"),
-    "fast_mask_control": Recipe(f"{FAST} --mask_control"),
-    "fast_one_update": Recipe(f"{FAST} --updates 1"),
-    "fast_kl": Recipe(f"{FAST} --kl_weight 0.01"),
-    "fast_ets": Recipe(f"{FAST} {ETS}"),
-    "fast_adaptive": Recipe(f"{FAST} {ADAPTIVE}"),
-    "fast_ets_sync": Recipe(f"{FAST} {SYNC}"),
-    # the paper's side questions, and controls, at the main rate
-    "positive_only": Recipe("--only positive", 5),
-    "negative_only": Recipe("--only negative"),
-    "random_reward": Recipe("--reward random"),
-    "mask_control": Recipe("--mask_control"),
-    "shuffled_reward": Recipe("--reward shuffled"),
-    "ets_more_rows": Recipe(f"{ETS} --sft_epochs 8"),        # about as many rows as PRS trains
-    "hbg_hint_kept": Recipe("--signal hbg --hint_in_update"),
-    "ets_sft_lr5e-5": Recipe(f"{ETS} --sft_lr 5e-5"),
-    "ets_sft_lr2e-3": Recipe(f"{ETS} --sft_lr 2e-3"),
-    # at less than half of the main rate, where vanilla GRPO lives: does anything break it, or add to it?
-    "slow": Recipe(SLOW, 5),
-    "slow_strict": Recipe(f"{SLOW} --closing strict"),
-    "slow_shuffled_reward": Recipe(f"{SLOW} --reward shuffled"),
-    "slow_negative_only": Recipe(f"{SLOW} --only negative"),
-    "slow_mask_control": Recipe(f"{SLOW} --mask_control"),
-    "slow_sft_then_rl": Recipe(f"{SLOW} --signal sft --schedule sft_then_rl"),
-    "slow_ops": Recipe(f"{SLOW} --signal ops"),
-    "slow_hbg": Recipe(f"{SLOW} --signal hbg"),
-    "slow_ets": Recipe(f"{SLOW} {ETS}"),
-    "slow_prs": Recipe(f"{SLOW} {PRS}"),
-}
-
-# ------------------------------------------------------------------------------------------------------------
-# 2. Runs
-KEEP = ("step", "phase", "reward", "mixed_groups", "state/", "entropy", "kl_", "grad_norm", "push/", "p/",
-        "eval/", "test/", "final/", "sft_visits", "sft_updates", "sft_loss", "skipped_updates",
-        "hint_log_ratio", "messages", "no_call")     # how the columns begin that are packed
-FINAL = "--eval_only --closing lenient --threads 1"
 
 
 @dataclass
@@ -187,9 +122,6 @@ class Study:
         return 1 if failures else 0
 
 
-STUDY = Study(RECIPES, COMMON, FINAL, "runs/study", DATA)
-
-
 def finished(out):
     """Has the run written its last checkpoint?"""
     latest = Path(out, "checkpoints", "latest")
@@ -212,7 +144,7 @@ def closing_scores(out):
 
 
 def pack(out, path, scores=()):
-    """runs/study/none-seed0 -> results/study/none-seed0.csv: one line per step, its probe, evaluation and
+    """runs/story/lr1e-3-seed0 -> results/story/lr1e-3-seed0.csv: one line per step, its probe, evaluation and
     training merged; the closing scores stand in the last one"""
     steps = {}
     for record in read_records(out):
@@ -229,12 +161,12 @@ def pack(out, path, scores=()):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. The command line
+# 2. The command line
 
 
-def parser():
+def parser(doc):
     """The flags that all studies have"""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="RECIPE", help="default: all")
     p.add_argument("--seeds", nargs="+", type=int, help="default: all of the recipe's")
     p.add_argument("--parallel", type=int, help="runs at a time; default: 2 of one thread each, real ones 1")
@@ -244,7 +176,7 @@ def parser():
 
 
 def jobs_of(study, args, error):
-    """-> [("none", 0), ...]: recipes and seeds"""
+    """-> [("lr1e-3", 0), ...]: recipes and seeds"""
     if unknown := [name for name in args.only or [] if name not in study.recipes]:
         error(f"--only {unknown[0]} is none of the recipes: {', '.join(study.recipes)}")
     jobs = []
@@ -254,27 +186,44 @@ def jobs_of(study, args, error):
     return sorted(jobs, key=lambda job: job[1] >= 3)     # three seeds of all first: balanced if interrupted
 
 
-def main(argv=None):
-    if "--paper" in (sys.argv if argv is None else argv):
-        import study_paper                       # here, because it and the two below read what stands above
-        return study_paper.main(argv)
-    p = parser()
-    p.add_argument("--pictures", action="store_true", help="draw results/study/*.png again")
-    p.add_argument("--paper", action="store_true", help="the paper's comparison; see --paper --help")
-    args = p.parse_args(argv)
-    if args.tables:
-        from study_tables import MARKED, PAGES, TABLES, rewrite
-        rewrite(PAGES, MARKED, TABLES)
-    elif args.pictures:
-        from study_pictures import pictures
-        pictures()
-    elif args.list:
-        for name, seed in jobs_of(STUDY, args, p.error):
-            print("python train.py", *STUDY.argv_of(name, seed))
-    else:
-        p.error("the first study is closed, for its base is gone (git checkout d7c520a makes it again); "
-                "README's runs: python results/story.py; the paper's comparison: --paper")
+# ------------------------------------------------------------------------------------------------------------
+# 3. Tables
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def markdown(header, rows):
+    """"run | reward", [["a", 0.42], ["b", None]]
+    -> "| run | reward |\\n|---|---|\\n| a | 0.42 |\\n| b | |" """
+    lines = [f"| {header} |", "|---" * (header.count("|") + 1) + "|"]
+    for cells in rows:
+        lines.append("|" + "".join(" |" if cell is None else f" {cell} |" for cell in cells))
+    return "\n".join(lines)
+
+
+def code(text):
+    """"p/open|text" -> "`p/open\\|text`" """
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def spread(values, digits=2):
+    """[.3, .1, .2] -> "0.20 (0.10 to 0.30)": the mean over seeds, and the lowest and highest seed"""
+    values = [v for v in values if v is not None]
+    if not values:
+        return "–"
+    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def percent(values, digits=0):
+    return spread([100 * v for v in values if v is not None], digits)
+
+
+def late(records, *columns, n=10):
+    """Mean over the last n records that have the columns, of their sum; None if there are none"""
+    found = [sum(r[c] for c in columns) for r in records if columns[0] in r][-n:]
+    return mean(found) if found else None
+
+
+def falls(done, measure):
+    """-> "2 of 5 (41, 77)": runs whose `measure` fell below a tenth of its peak for good, and when"""
+    found = [collapse(records, name=measure) for records in done]
+    steps = [str(one["step"]) for one in found if one]
+    return f"{len(steps)} of {len(done)}" + (f" ({', '.join(steps)})" if steps else "")

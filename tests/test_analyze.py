@@ -2,6 +2,7 @@
 the study."""
 import copy
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,9 +13,8 @@ from conftest import RUN
 import autopsy
 import make_base
 import plot
+import story
 import study
-import study_pictures
-import study_tables
 import train
 from analyze_tokens import (collapse, main, mean, probe, read_records, timeline, token_classes,
                             truth_logprobs)
@@ -233,7 +233,7 @@ def test_autopsy_command(folder, capsys):
     assert len(report.pop("risers")) == 5
     assert all(name in printed.out for name in report)
     assert all(isinstance(value, float) for value in report.values())
-    kept = json.loads((study.DATA / "autopsy.json").read_text())     # of the study's checkpoints
+    kept = json.loads((story.DATA / "autopsy.json").read_text())     # of the study's checkpoints
     assert all(list(of_run) == [*report, "risers"] for of_run in kept.values())  # the same lines
 
 
@@ -250,8 +250,6 @@ def test_pictures_and_pages_of_a_run(folder, capsys):
     (folder / "runs/damaged/metrics.jsonl").write_text('{"step": 0, "rew\n{"step": 1}\n')
     assert plot.main(["side.png", "runs/first", "runs/damaged"]) == 2 and is_drawn(folder / "side.png")
     assert "line 1 of runs/damaged/metrics.jsonl is damaged" in capsys.readouterr().err
-    study_pictures.heat(read_records("runs/first"), "first", folder / "heat.png")
-    assert is_drawn(folder / "heat.png")
     assert main(["--transcripts", "runs/first"]) == 0
     page = capsys.readouterr().out
     assert "## step 0: " in page and "## step 1: " in page and "<|im_start|>" in page
@@ -275,10 +273,13 @@ def test_a_run_of_sft_only_says_what_it_lacks(folder, capsys):
 
 
 def test_the_studys_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(study_pictures, "DATA", tmp_path)
-    study_pictures.pictures()
-    assert {p.name for p in tmp_path.iterdir()} == {"aligned.png", "crossing.png", "alarm.png", "heat.png"}
-    assert all(is_drawn(path) for path in tmp_path.iterdir())
+    for name in ("base.json", *(f"{recipe}-seed0.csv" for recipe in ("lr1e-3", "lr1e-3+ets"))):
+        shutil.copy(story.DATA / name, tmp_path)
+    monkeypatch.setattr(story, "STORY", replace(story.STORY, data=tmp_path))
+    story.runs.cache_clear()                     # one seed of each
+    story.picture(tmp_path / "story.png", story.PICTURES["story.png"])
+    story.runs.cache_clear()
+    assert is_drawn(tmp_path / "story.png")
 
 
 def test_csv_records_are_the_records(folder, tmp_path):
@@ -297,10 +298,11 @@ def test_csv_records_are_the_records(folder, tmp_path):
     assert len(timeline(packed).splitlines()) == 3
 
 
-def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
+def test_study_runs_resumes_and_packs(folder, tmp_path):
     """The real command line of a recipe, once; then nothing is left to do; an interrupted run goes on."""
     common = " ".join([*RUN, "--steps 2 --eval_every -1 --save_every 1 --threads 1"])
-    small = replace(study.STUDY, data=tmp_path, common=common, final=" ".join([*RUN, study.FINAL]))
+    recipes = {"strict": study.Recipe("--closing strict"), "wrong": study.Recipe("--lr nan", 1)}
+    small = study.Study(recipes, common, " ".join([*RUN, story.FINAL]), "runs/study", tmp_path)
     small.evaluate_base()
     assert "average_clean" in json.loads((tmp_path / "base.json").read_text())
     assert small.run_one("strict", 0) is None
@@ -317,52 +319,20 @@ def test_study_runs_resumes_and_packs(folder, tmp_path, monkeypatch):
     (run / "metrics.jsonl").write_text("\n".join(text[:4]) + "\n")
     assert not study.finished(run) and small.run_one("strict", 0) is None
     assert read_records(tmp_path / "strict-seed0.csv") == records
-    monkeypatch.setitem(study.RECIPES, "wrong", study.Recipe("--lr nan", 1))
     assert "wrong-seed0 failed with status 2" in small.run_one("wrong", 0)
 
 
-def made(rewards, **columns):
-    records = []
-    for i, reward in enumerate(rewards):
-        record = {"step": i, "reward": reward, "reward_clean": reward, "p/open|text": .01}
-        record |= {f"state/{s}": 0.5 for s in STATES}
-        records.append(record | {name: values[i] for name, values in columns.items()})
-    return records
+def made(rewards):
+    states = {f"state/{s}": 0.5 for s in STATES}
+    return [{"step": i, "reward": r, "reward_clean": r} | states for i, r in enumerate(rewards)]
 
 
-def test_alarm_and_fall_on_made_up_records():
-    moved = [.1] * 10 + [.5] * 30
-    records = made([.4] * 20 + [.0] * 20, **{"p/moved": moved})
+def test_collapse_and_cells_on_made_up_records():
+    records, quiet = made([.4] * 20 + [.0] * 20), made([.4] * 40)
     assert collapse(records)["step"] == 24 and collapse(records, share=0.5)["step"] == 22
-    assert collapse(made([.4] * 40)) is None
-    assert study_tables.rings(records, "p/moved", 3) == 10
-    assert study_tables.rings(records, "p/moved", 6) is None
-    assert study_tables.fall(records) == 22
-    assert study_tables.fall(records[:30]) is None                   # too near its end to say "for good"
-    quiet = made([.4] * 40, **{"p/moved": moved})
-    assert study_tables.heard([records, quiet], "p/moved", 3) == ([12], 1)
-    assert study_tables.falls([records, quiet]) == "1 of 2 (24)"
-    assert study_tables.late(records, "reward", n=30) == pytest.approx(.4 / 3)
-    assert study_tables.late(records, "reward", "state/call", n=30) == pytest.approx(.5 + .4 / 3)
-    assert study_tables.supervised("ops", records) == 40 * 12
-    assert study_tables.supervised("ets", [*records, {"sft_visits": 7}]) == 7
-
-
-def test_a_metric_of_every_step_rings_with_its_mean_since_the_last_probe():
-    records = made([.4] * 20, entropy=[.1] * 8 + [.5] * 12)
-    for record in records:
-        if record["step"] % 5:
-            del record["p/open|text"]
-    # at the probes 5, 10, 15: the means of steps 0-4, 5-9, 10-14
-    assert study_tables.rings(records, "entropy", 2.5) == 10         # (3 x .1 + 2 x .5) / 5 = .26
-    assert study_tables.rings(records, "entropy", 3) == 15
-    assert study_tables.rings(records, "entropy", 6) is None
-
-
-def test_statistics_by_hand():
-    assert study_tables.welch([1, 2, 3], [1, 2, 3]) == (0, pytest.approx(2.78 * (2 / 3) ** .5))
-    assert study_tables.permutation([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
-    assert study_tables.permutation([1, 2], [1, 2]) == 1
-    assert study_tables.points([.2, .2, .2], [.1, .1, .1]) == "+10 (+10 to +10)"
-    assert study_tables.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)"
-    assert study_tables.spread([None]) == "–"
+    assert collapse(quiet) is None
+    assert study.falls([records, quiet], "reward_clean") == "1 of 2 (24)"
+    assert study.late(records, "reward", n=30) == pytest.approx(.4 / 3)
+    assert study.late(records, "reward", "state/call", n=30) == pytest.approx(.5 + .4 / 3)
+    assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)"
+    assert study.spread([None]) == "–"

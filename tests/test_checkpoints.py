@@ -1,13 +1,13 @@
 """Models of runs, looked at (analyze_tokens.py --probe, --spike, --kl, --tokens), in both worlds; and the
-paper's comparison (results/study.py --paper) from its command line to its tables."""
+paper's comparison (results/paper.py) from its command line to its tables."""
 import json
 import re
 import shutil
 
 import checkpoints
 import pytest
+import paper
 import study
-import study_paper
 import torch
 from checkpoints import Cell, Score, beginnings, colour, episode_of, kl_to, own_tokens
 from conftest import RUN
@@ -204,12 +204,12 @@ def cells(text, title):
 
 def test_papers_comparison_on_the_laptop(folder, called, capsys):
     flags = " ".join([*RUN, "--steps 2 --eval_every -1 --sft_batch 2"])
-    command = ["--paper", "--only", "grpo", "ets-synchronous", "--seeds", "0", "--parallel", "1",
+    command = ["--only", "grpo", "ets-synchronous", "--seeds", "0", "--parallel", "1",
                "--flags", flags, "--out", "runs/paper"]
-    assert study.main([*command, "--list"]) == 0 and not called
+    assert paper.main([*command, "--list"]) == 0 and not called
     plan = capsys.readouterr().out
     assert plan.count("to do") == 2 and "2 RL steps, 32 rollouts, at most 3.28e+04 tokens, 4 updates" in plan
-    assert study.main(command) == 0
+    assert paper.main(command) == 0
     assert len(called) == 5                      # the base's evaluation; two runs, each evaluated once more
     out = folder / "runs/paper"
     written = (out / "paper.md").read_text()
@@ -227,17 +227,17 @@ def test_papers_comparison_on_the_laptop(folder, called, capsys):
     trained = [r for r in read_records(out / "grpo-seed0.csv") if "kl_ref" in r]
     assert trained and trained[0]["kl_ref"] >= 0                     # the paper's weight is set
     capsys.readouterr()
-    assert study.main(command) == 0 and len(called) == 5             # nothing is left to do
+    assert paper.main(command) == 0 and len(called) == 5             # nothing is left to do
     assert "measured: " in capsys.readouterr().out
 
 
 def test_a_rate_is_one_more_recipe():
-    recipes = study_paper.recipes_of("tiny", 3)
+    recipes = paper.recipes_of("tiny", 3)
     assert recipes["grpo-lr5e-4"].flags == "--lr 5e-4"
     assert recipes["ets-interleaved-sft_lr5e-5"].flags == "--signal ets --schedule interleaved --sft_lr 5e-5"
-    assert study_paper.PAPER.keys() - {"untrained"} <= study_paper.recipes_of("bfcl", 1).keys()
+    assert paper.PAPER.keys() - {"untrained"} <= paper.recipes_of("bfcl", 1).keys()
     for world, model in (("tiny", "tiny"), ("bfcl", "x")):
-        for name, recipe in study_paper.recipes_of(world, 1).items():
+        for name, recipe in paper.recipes_of(world, 1).items():
             train.parse_args(["--world", world, "--model", model, *recipe.flags.split()])
 
 
@@ -245,9 +245,9 @@ def test_a_rate_is_one_more_recipe():
 def test_papers_comparison_on_bfcl(small_model, tmp_path, monkeypatch, called, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     flags = " ".join([*BFCL_RUN[2:], "--steps 1 --kl_weight 1e-4 --max_message_tokens 30"])
-    command = ["--paper", "--world", "bfcl", "--model", str(small_model[0]), "--only", "grpo",
+    command = ["--world", "bfcl", "--model", str(small_model[0]), "--only", "grpo",
                "ets-synchronous", "--flags", flags, "--out", "p"]
-    assert study.main(command) == 0
+    assert paper.main(command) == 0
     assert len(called) == 3                      # a run plays the test tasks itself, at its end
     plan = capsys.readouterr().out
     assert "1 RL steps, 2 rollouts, at most 2.4e+04 tokens, 1 updates, at most " in plan
@@ -255,7 +255,7 @@ def test_papers_comparison_on_bfcl(small_model, tmp_path, monkeypatch, called, c
     table = cells((tmp_path / "p/paper.md").read_text(), "Main table")
     test = next(r for r in read_records("p/grpo-seed0") if "test/average" in r)
     assert table["grpo"][5] == f"{100 * test['test/average']:.1f}"
-    assert study.main(command) == 0 and len(called) == 3
+    assert paper.main(command) == 0 and len(called) == 3
     # The views take the run's own world
     for view, seen in (("--probe", "calls_exact"), ("--spike", "3 test tasks"), ("--kl", "kl_start"),
                        ("--tokens", "multi_turn_")):

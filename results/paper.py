@@ -1,7 +1,7 @@
-"""results/study_paper.py -- the paper's comparison by the paper's names: one list of recipes for both worlds.
+"""results/paper.py -- the paper's comparison by the paper's names: one list of recipes for both worlds.
 
-    python results/study.py --paper                                          on the laptop's model
-    python results/study.py --paper --world bfcl --model Qwen/Qwen2.5-1.5B-Instruct \\
+    python results/paper.py                                          on the laptop's model
+    python results/paper.py --world bfcl --model Qwen/Qwen2.5-1.5B-Instruct \\
         --launch "torchrun --nproc-per-node 8 --" --flags "--engine vllm --kv_cache_gb 20 --shard ..."
     ... --list       the command lines, what they cost, what is done
     ... --tables     tables and pictures once more, of what is done so far
@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+# This import comes first: it makes the files above importable
+from study import Recipe, Study, code, falls, jobs_of, late, markdown, parser, percent
 import train
 from analyze_tokens import mean, read_records, smooth
-from study import Recipe, Study, jobs_of, parser
-from study_tables import code, falls, late, markdown, percent
 from tools import CATEGORIES
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def recipes_of(world, seeds):
 
 
 def study_of(args):
-    """study.py's flags -> Study. On the laptop the paper's KL weight is set, so that the KL is logged."""
+    """The flags -> Study. On the laptop the paper's KL weight is set, so that the KL is logged."""
     out = args.out or f"runs/paper/{Path(args.model or args.world).name}"
     launch = tuple(shlex.split(args.launch)) if args.launch else (sys.executable,)
     if args.world == "tiny":
@@ -80,9 +80,7 @@ def study_of(args):
 
 def main(argv=None):
     """-> exit status"""
-    p = parser()
-    p.description = __doc__
-    p.add_argument("--paper", action="store_true", help="this study")
+    p = parser(__doc__)
     p.add_argument("--world", choices=("tiny", "bfcl"), default="tiny", help="the laptop's, or real data")
     p.add_argument("--model", help="bfcl: the model that every run starts from")
     p.add_argument("--flags", default="", help="train.py's, for every run (--engine, --shard, ...)")
@@ -150,7 +148,7 @@ def parameters_of(model):
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        sys.exit(f"study.py: error: cannot read the model {model}: {reason}; check --model.")
+        sys.exit(f"paper.py: error: cannot read the model {model}: {reason}; check --model.")
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     return sum(p.numel() for p in skeleton.parameters())
@@ -192,7 +190,7 @@ def main_table(study, done):
     rows = []
     for name, cells in scores_of(study, done, (*CATEGORIES, "average", "average_clean")).items():
         rolled = [records for records in done.get(name, []) if any("reward" in r for r in records)]
-        fell = [falls(rolled, name=measure) if rolled else "–" for measure in ("reward", "reward_clean")]
+        fell = [falls(rolled, measure) if rolled else "–" for measure in ("reward", "reward_clean")]
         rows.append([code(name), len(done.get(name, [])) or "–", *cells, *fell, PAPER.get(name)])
     header = ["method", "seeds", *CATEGORIES, "average", "... clean", "task reward collapsed",
               "clean reward collapsed", "the paper's average (1.5 B)"]
@@ -278,3 +276,7 @@ def curves(done, png):
     fig.savefig(png, dpi=110)
     pyplot().close(fig)
     return png
+
+
+if __name__ == "__main__":
+    sys.exit(main())
