@@ -89,6 +89,8 @@ STORY = Study(RECIPES | RETIRED, COMMON, FINAL, "runs/story", DATA)
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
 MALFORMED = tuple(f"state/{state}" for state in STATES if not is_clean([state]))
+SPIKE = "p/open|text"                            # <tool_call> where text should begin
+WRONG = ("p/open|off", "p/close|off", "p/end|off", "p/start|off")    # where another token is right
 # The paper's: Qwen2.5-1.5B, BFCL multi-turn / ACEBench in brackets / ACEBench in tags (the last two: from a
 # single third-party note). Its ETS and PRS act in phases.
 PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 26 / 23",
@@ -118,52 +120,61 @@ def base_of(name):
     return "-".join(["base", *name.split("@")[1:]])
 
 
+def start(base, done, columns, digits=0):
+    """The columns' sum before the first update, %: the base's closing scores, else means over the first step
+    of the runs that begin with it   "base-seed1", ..., "final/average" -> "41" """
+    scores = json.loads((DATA / f"{base}.json").read_text())
+    closing = {f"final/{name}": value for name, value in scores.items()}
+    values = [sum((records[0] | closing)[column] for column in columns) for records in done]
+    return f"{100 * mean(values):.{digits}f}"
+
+
 def recipe_table(names):
-    """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Reward and messages:
-    the last 10 steps, P(open): the last probe, tests at the end; if a method is the paper's, its scores"""
+    """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Messages: the last 10
+    steps, probabilities: the last probe, tests: at the end; if a method is the paper's, its scores"""
     rows, seen, compared = [], set(), len(PAPER.keys() & names) > 1
     for name in [name for name in names if runs(name)]:
-        base = base_of(name)
+        done, base = runs(name), base_of(name)
         if base not in seen:
             seen.add(base)
-            scores = json.loads((DATA / f"{base}.json").read_text())
-            tested = [f"{100 * scores[score.removeprefix('final/')]:.0f}" for score in TESTS.values()]
-            rows.append([base.replace("base", "the base").replace("-", ", "), *[None] * 5, *tested])
+            rows.append([base.replace("base", "the base").replace("-", ", "), None, None])
+            rows[-1] += [start(base, done, MALFORMED), start(base, done, [SPIKE]),
+                         start(base, done, WRONG, 1)]
+            rows[-1] += [start(base, done, [score]) for score in TESTS.values()]
             if compared:
                 rows[-1].append(PAPER["base"])
-        done, cells = runs(name), [code(name), len(runs(name))]
-        if late(done[0], "reward") is None:      # no RL in it
-            cells += ["–"] * 4
-        else:
-            cells += [falls(done, "reward"), spread([late(r, "reward") for r in done]),
-                      percent([late(r, *MALFORMED) for r in done]),
-                      spread([late(r, "p/open|text", n=1) for r in done])]
-        rows.append(cells + [percent([late(r, score, n=1) for r in done]) for score in TESTS.values()])
+        rows.append([code(name), len(done), *["–"] * 4])
+        if late(done[0], "reward") is not None:  # else there is no RL in it
+            rows[-1][2:] = [falls(done, "reward"), percent([late(r, *MALFORMED) for r in done]),
+                            percent([late(r, SPIKE, n=1) for r in done]),
+                            percent([late(r, *WRONG, n=1) for r in done], 1)]
+        rows[-1] += [percent([late(r, score, n=1) for r in done]) for score in TESTS.values()]
         if compared:
             rows[-1].append(PAPER.get(name))
-    header = ["recipe", "seeds", "reward collapsed (step)", "reward at the end", "malformed messages, %",
-              "P(`<tool_call>` where text should begin)", *TESTS]
+    header = ["recipe", "seeds", "reward collapsed (step)", "malformed messages, %",
+              "p(`<tool_call>`) where text should begin, %", "p(control tokens) where another is right, %",
+              *TESTS]
     if compared:
         header.append("the paper's three, %")
     return markdown(" | ".join(header), rows)
 
 
-BESIDE = {"by the reward's rule, %": "final/average", "`long_context`, %": "final/long_context_clean",
-          "greedy messages: polluted, %": "final/state/polluted", "collapsed, %": "final/state/collapsed",
-          "other, %": "final/state/empty final/state/cut"}
+BESIDE = {"calls right, given the truth so far, %": ["p/calls_exact"],
+          "test tasks by the reward's rule, %": ["final/average"],
+          "`long_context`, %": ["final/long_context_clean"],
+          "greedy messages: polluted, %": ["final/state/polluted"],
+          "collapsed, %": ["final/state/collapsed"],
+          "other, %": ["final/state/empty", "final/state/cut"]}
 
 
 def beside_table():
-    """What `recipe_table` leaves out: rows of supervision (a row again is one more); test tasks by the rule
-    of the reward; those of one category; what the greedy messages of the test tasks are"""
-    rows = []
+    """What `recipe_table` leaves out: rows of supervision (a row again is one more); what the model knows;
+    test tasks by the rule of the reward; those of one category; the greedy messages of the test tasks"""
+    rows = [["the base", None, None, *(start("base", runs("lr1e-3"), of) for of in BESIDE.values())]]
     for name in [name for name in [*SHIPPED, *RETIRED] if runs(name)]:
-        trained = [sum(r.get("sft_visits", 0) for r in records) for records in runs(name)]
-        tests = [percent([late(r, *columns.split(), n=1) for r in runs(name)]) for columns in BESIDE.values()]
-        rows.append([code(name), len(runs(name)), spread(trained, 0) if any(trained) else None, *tests])
-    base = json.loads((DATA / "base.json").read_text())
-    scores = [sum(base[c.removeprefix("final/")] for c in columns.split()) for columns in BESIDE.values()]
-    rows.insert(0, ["the base", None, None, *(f"{100 * score:.0f}" for score in scores)])
+        visits = [sum(r.get("sft_visits", 0) for r in records) for records in runs(name)]
+        rows.append([code(name), len(runs(name)), spread(visits, 0) if any(visits) else None])
+        rows[-1] += [percent([late(r, *columns, n=1) for r in runs(name)]) for columns in BESIDE.values()]
     return markdown(" | ".join(["recipe", "seeds", "rows of supervision", *BESIDE]), rows)
 
 
@@ -202,7 +213,8 @@ def autopsy_table():
         rows.append([re.sub(r"</?tool_call>", r"`\g<0>`", shown), *cells])
     risen = []
     for report in reports.values():
-        risen.append(", ".join(f"`{token!r}` {after:.2f}" for token, _, after in report["risers"][:2]))
+        highest = report["risers"][:2]
+        risen.append(", ".join(f"{code(repr(token))} {after:.2f}" for token, _, after in highest))
     rows.append(["what rose most where it does not belong, mean probability", *risen])
     return markdown(" | ".join(["base / wreck", *(code(Path(run).name) for run in reports)]), rows)
 
