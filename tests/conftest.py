@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")    # small models: more threads only fight each other
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test loads from there; a wrong name is not looked up
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
