@@ -1,4 +1,4 @@
-"""analyze_tokens.py -- what a run logs, and how to read it: token probabilities, states, verdict. Floor 3.
+"""analyze_tokens.py -- what a run logs, and how to read it: token probabilities, states, verdict.
 
     python analyze_tokens.py runs/a runs/b               scores, states over time and the verdict of each run
     python analyze_tokens.py --transcripts runs/a        conversations from healthy to collapsed
@@ -227,28 +227,29 @@ def rollout_metrics(episodes, credit):
 
 # ------------------------------------------------------------------------------------------------------------
 # 5. Collapse
+WINDOW = 5                                       # steps that the reward is averaged over
 MEASURES = {"reward": "task reward (the paper's measure)",
             "reward_clean": "clean reward (solved, every message a complete call or plain text)"}
 
 
-def collapse(records, window=5, name="reward", share=0.1):
+def collapse(records, name="reward", share=0.1):
     """Did the reward collapse, and what had the messages become? From the records that have a reward.
     -> {"step": 65, "peak": .31, "peak_step": 40, "before": {state: share at the peak}, "after": {...}}
-    Collapse = the mean reward over `window` steps falls below `share` of its peak and stays there."""
+    Collapse = the mean reward over WINDOW steps falls below `share` of its peak and stays there."""
     records = [r for r in records if name in r]
-    if len(records) < 2 * window:
+    if len(records) < 2 * WINDOW:
         return None
-    _, values = smooth(records, name, window)
-    top = max(range(window - 1, len(records)), key=values.__getitem__)
+    _, values = smooth(records, name, WINDOW)
+    top = max(range(WINDOW - 1, len(records)), key=values.__getitem__)
     first = len(records)                         # walk back from the end, as long as the reward is low
     while first > top and values[first - 1] < share * values[top]:
         first -= 1
     if first == len(records):
         return None
-    shares = {s: smooth(records, f"state/{s}", window)[1] for s in STATES}
+    shares = {s: smooth(records, f"state/{s}", WINDOW)[1] for s in STATES}
     return {"step": records[first]["step"], "peak": values[top], "peak_step": records[top]["step"],
-            "before": {s: share[top] for s, share in shares.items()},
-            "after": {s: share[-1] for s, share in shares.items()}}
+            "before": {s: values[top] for s, values in shares.items()},
+            "after": {s: values[-1] for s, values in shares.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,8 +278,13 @@ def summary(out):
     """What a run did, as text: scores before and after, and whether it collapsed. The run may still go on."""
     records = read_records(out)
     evals = [r for r in records if "eval/average" in r]
-    scores = lambda r: {name[5:]: value for name, value in r.items() if name.startswith("eval/")}
-    text = [table({"before": scores(evals[0]), "after": scores(evals[-1])})] if evals else []
+    tests = [r for r in records if "test/average" in r]              # --world bfcl: played once, at the end
+    scores = lambda r, of: {name[5:]: value for name, value in r.items() if name.startswith(of)}
+    text = []
+    if evals:
+        text.append(table({"before": scores(evals[0], "eval/"), "after": scores(evals[-1], "eval/")}))
+    if tests:
+        text.append(table({"test": scores(tests[-1], "test/")}))
     found = {name: collapse(records, name=name) for name in MEASURES}
     if event := found["reward"] or found["reward_clean"]:
         text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good):")
@@ -291,6 +297,8 @@ def summary(out):
         if not found["reward"]:
             text.append("The task reward does not see it: with --closing lenient any message without a "
                         "complete call ends the turn.")
+    elif 0 < sum("reward" in r for r in records) < 2 * WINDOW:
+        text.append(f"\nToo short to tell whether it collapses: fewer than {2 * WINDOW} RL steps.")
     elif any("reward" in r for r in records):
         text.append("\nNo collapse: neither reward nor clean reward fell below a tenth of its peak for good.")
         first, last = (evals[0]["eval/average"], evals[-1]["eval/average"]) if evals else (0, 0)

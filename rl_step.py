@@ -1,4 +1,4 @@
-"""rl_step.py -- credit, advantages, the policy loss, and the policy updates of a step (GRPO). Floor 3.
+"""rl_step.py -- credit, advantages, the policy loss, and the policy updates of a step (GRPO).
 
 GRPO in one paragraph: sample G rollouts of one prompt, reward each, and take as advantage how much better
 than its own group a rollout did. No value network. Every token that the rollout sampled is pushed up (A > 0)
@@ -168,7 +168,7 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     n_tokens, n_rows = over_ranks([sum(sum(r.mask) for r in rows), len(rows)])
     adv_of = {id(row): a for row, a in zip(rows, adv, strict=True)}
     batches = micro_batches([row for row in rows if adv_of[id(row)] != 0.0 or kl_weight > 0], micro_tokens)
-    names = ["loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "tokens", "gap", "sampled"]
+    names = ["loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "rl_tokens", "gap", "sampled"]
     pushes = [f"push/{name}|{part}" for name in watch for part in PRESSURES]
     sums, gap_max = dict.fromkeys(names + pushes, 0.0), 0.0
     for batch in in_step(batches, model, reference):
@@ -181,7 +181,8 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
         t = Tokens(batch, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
         if signal_ratio:
             t.ratio = signal_ratio(t)
-        # Rows that nobody sampled as they are trained have no sampler: p_old stands in for it.
+        # logp_old: of the policy that rho compares with. sampler: of who drew the token, or logp_old where
+        # nobody drew it as it is trained: there the gap is 0 and sampler_weight 1.
         as_sampled = t.of_rows([row.as_sampled for row in batch])  # [N] bool
         sampler = torch.where(as_sampled, at_trained(batch, "logprobs", device), t.logp_old)    # [N]
         loss_t = LOSSES[loss](t, *clip)                                                              # [N]
@@ -201,8 +202,9 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
             gap = (t.logp - sampler).abs() * as_sampled
             gap_max = max(gap_max, gap.max().item())
             found = {"loss": total, "clip_frac": outside.float().sum(), "entropy": scored.entropy.sum(),
-                     "kl_sampler": kl_penalty(t.logp, sampler).sum(), "kl_ref": kl_t.sum(),
-                     "tokens": torch.ones_like(t.logp).sum(), "gap": gap.sum(), "sampled": as_sampled.sum()}
+                     "kl_sampler": kl_penalty(sampler, t.logp).sum(), "kl_ref": kl_t.sum(),
+                     "rl_tokens": torch.ones_like(t.logp).sum(),
+                     "gap": gap.sum(), "sampled": as_sampled.sum()}
             if watch:
                 malformed = in_malformed(batch, device)                                              # [N]
                 parts = pressure(t.adv, scored.watched, t.ids, malformed, list(watch.values()))      # [K, 4]
@@ -210,11 +212,11 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
             for name, value in found.items():
                 sums[name] += value.item()
     sums = dict(zip(sums, over_ranks(list(sums.values()))))
-    metrics = {"loss": sums["loss"], "rl_tokens": sums["tokens"], "tokens": n_tokens,
+    metrics = {"loss": sums["loss"], "rl_tokens": sums["rl_tokens"], "tokens": n_tokens,
                "gap": sums["gap"] / max(sums["sampled"], 1.0),
                "gap_max": over_ranks([gap_max], dist.ReduceOp.MAX)[0]}
     for name in ("clip_frac", "entropy", "kl_sampler", "kl_ref"):
-        metrics[name] = sums[name] / max(sums["tokens"], 1.0)
+        metrics[name] = sums[name] / max(sums["rl_tokens"], 1.0)
     return metrics | {name: sums[name] / n_tokens for name in pushes}
 
 
@@ -234,8 +236,8 @@ def in_malformed(rows, device):
 def set_old_logprobs(model, rows, correction, micro_tokens):
     """p_old of every row: the sampler's numbers; but the trainer's own where nobody sampled the row as it is
     trained (ground truth, a removed hint, re-encoded text), so that the ratio starts at 1, and, with
-    --correction, of the policy's rollouts too, whose sampler then stands beside it (sampler_weight)."""
-    unsampled = [row for row in rows if not row.as_sampled or (correction and row.source == "policy")]
+    --correction, of all rows: the sampler then stands beside it (sampler_weight)."""
+    unsampled = [row for row in rows if correction or not row.as_sampled]
     for row in rows:
         row.logprobs_old = row.logprobs
     for batch in in_step(micro_batches(unsampled, micro_tokens), model):
@@ -244,17 +246,17 @@ def set_old_logprobs(model, rows, correction, micro_tokens):
             row.logprobs_old = [next(values) if trained else 0.0 for trained in row.mask]
 
 
-def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, reference, chat, rows, position):
+def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, reference, chat, sft_rows, position):
     """--updates optimizer updates on this rank's episodes, some of the groups each -> metrics
 
-    rows: the signal's rows, if the schedule is synchronous: their cross-entropy is one more term of each
+    sft_rows: the signal's, if the schedule is synchronous: their cross-entropy is one more term of each
     update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""
     model.train()
     set_lr(optimizer, lr)
     masked_ids = list(chat.control_ids().values()) if args.mask_control else []
     done, batches = [], []
-    if rows:  # as many as could be needed: a row has at least one message
-        stream = shuffled_passes(rows, position, args.updates * args.sft_batch, f"{args.seed} rows")
+    if sft_rows:  # as many as could be needed: a row has at least one message
+        stream = shuffled_passes(sft_rows, position, args.updates * args.sft_batch, f"{args.seed} rows")
         batches = message_batches(stream, args.sft_batch)[:args.updates]
     for u in range(args.updates):
         mine = [i for i, e in enumerate(episodes) if mini_batch(e, args) == u]
@@ -264,14 +266,14 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
             masked_ids=masked_ids, kl=args.kl, kl_weight=args.kl_weight, reference=reference,
             correction=args.correction, micro_tokens=args.micro_tokens,
             watch={"open": chat.open_id, "end": chat.end_id})
-        if rows:
+        if sft_rows:
             metrics |= sft_backward(model, my_share(batches[u]), args.sft_weight, args.micro_tokens)
-        loss = metrics["loss"] + metrics.get("sft_loss", 0.0)
+        loss = metrics["loss"] + metrics.get("sft_loss", 0.0)        # finite?
         done.append(metrics | optimizer_step(model, optimizer, loss))
     step = {name: sum(m[name] for m in done) / len(done) for name in done[0]}
     step |= {name: sum(m[name] for m in done) for name in ("tokens", "rl_tokens", "skipped_updates")}
     step |= {name: done[0][name] for name in ("gap", "gap_max")}     # before any update: about 0
-    if rows:
+    if sft_rows:
         step["sft_visits"] = sum(len(batch) for batch in batches)
     return step
 

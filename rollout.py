@@ -1,4 +1,4 @@
-"""rollout.py -- what a message is, text <-> ids, the sampler, and the multi-turn loop. Floor 2.
+"""rollout.py -- what a message is, text <-> ids, the sampler, and the multi-turn loop.
 
 The one rule: ids are only ever APPENDED. What was sampled is what is trained; no message is decoded, edited
 and encoded again. (The paper's release does that, and trains end tokens that nobody sampled: `reencoded`.)
@@ -193,8 +193,9 @@ class Episode:
       spans    [prompt                   ]        [model, "call"         ]   [tool        ]  [model, "reply"]
 
     (A rollout, when the policy wrote it; a row, when it is trained; a demonstration, when it is ground
-    truth.) mask 1 = sampled by the policy, therefore trained. It comes from the spans, never from comparing
-    ids: the end token that the model sampled is inside, one that the code had to add is not."""
+    truth.) mask 1 = written by the assistant, policy or ground truth, therefore trained. It comes from the
+    spans, never from comparing ids: an end token that the model sampled is inside, one that the template had
+    to add behind its message is not."""
     task_id: str
     group_id: int  # rollouts of one prompt share it; explicit, never inferred from text
     sample: int = 0                              # index in the group
@@ -239,7 +240,7 @@ class Limits:
     messages: int = 30                           # of the model, per episode         -> messages_limit
     message_tokens: int = 2048                   # per message of the model          -> message_tokens_limit
     total_tokens: int = 16384                    # per episode                       -> total_tokens_limit
-    observation_tokens: int = 1024               # of a longer tool result, the LAST are kept (the paper)
+    observation_tokens: int = 1024               # of a message's tool results; the LAST are kept (the paper)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -455,11 +456,12 @@ class HFEngine:
 
     def _pass(self):
         """Every live conversation gets one token more, unless the pass is full -> the messages that ended"""
-        # leader_of: {slot: the slot that computes its last token in this pass}, mostly itself
+        # leaders: {a new conversation's prompt: the slot that computes it in this pass}
+        # leader_of: {slot: the slot that computes its last token}; who is not in it waits for the next pass
         fed, n_tokens, leaders, leader_of = {}, 0, {}, {}
         for slot, talk in enumerate(self.live):
             prompt = None if talk.cached else tuple(talk.waiting)
-            if prompt in leaders:  # another new conversation computes the same prompt in this pass
+            if prompt in leaders:
                 leader_of[slot] = leaders[prompt]
             elif n_tokens + len(talk.waiting) <= self.pass_tokens or not fed:
                 fed[slot], leader_of[slot] = talk.waiting, slot
@@ -620,9 +622,7 @@ class VLLMEngine:
 
 def begin(chat, env, group_id=0, sample=0, source="policy", hint=None):
     """-> an Episode that holds the prompt. hint: text at the end of the system message (supervision.HBG)"""
-    messages = env.task.opening(env.syntax)
-    if hint:
-        messages[0]["content"] += f"\n\n{hint}"
+    messages = env.task.opening(env.syntax, hint)
     as_sampled = source != "truth" and not chat.sampler_only
     episode = Episode(env.task.id, group_id, sample, source, as_sampled=as_sampled)
     episode.append(chat.prompt(messages), "prompt", 0, text=messages[-1]["content"])
@@ -690,9 +690,10 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     if not ended and len(episode.ids) >= limits.total_tokens:
         env.stop("total_tokens_limit")
     elif (answer := env.step(message)) is not None:
-        answer = answer[-64 * limits.observation_tokens:]            # to encode 4.6 MB takes 15 s
+        limit = limits.observation_tokens if env.turn == turn else None          # results, or a user's words
+        answer = answer[-64 * limit:] if limit else answer           # to encode 4.6 MB takes 15 s
         added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template's; nobody sampled it
-        ids = added_end + chat.observation(answer, limits.observation_tokens)
+        ids = added_end + chat.observation(answer, limit)
         if len(episode.ids) + len(ids) >= limits.total_tokens:
             env.stop("total_tokens_limit")
         elif len(episode.states) >= limits.messages:

@@ -1,5 +1,5 @@
 """sft_step.py -- processes, who attends to whom in a pass, token log-probabilities, cross-entropy, the
-optimizer step, the SFT phase, FSDP2. Floor 1.
+optimizer step, the SFT phase, FSDP2.
 
 Shapes:  B rows, T tokens, D hidden size, V vocabulary, N = number of trained tokens (mask 1) in the batch.
 A row is an Episode (rollout.py) that is trained, whatever the loss.
@@ -122,7 +122,7 @@ class Layout:
         ids, positions, self.place, self.families = [], [], [None] * len(rows), []
         sharing = {prompt: members for prompt, members in by_prompt(rows).items() if len(members) > 1}
         shared = [i for members in sharing.values() for i in members]
-        sharing[()] = [i for i in range(len(rows)) if i not in shared]       # who shares nothing
+        sharing[()] = [i for i in range(len(rows)) if i not in shared]       # who shares nothing: one family
         for prompt, members in sharing.items():
             prompt_place = list(range(len(ids), len(ids) + len(prompt)))
             ids += prompt
@@ -372,8 +372,8 @@ def sft_backward(model, rows, weight=1.0, micro_tokens=16_384):
     for batch in in_step(micro_batches(rows, micro_tokens), model):
         scored = token_logprobs(model, batch)
         row_weight = torch.tensor([r.weight for r in batch], device=model.device)[scored.owner]      # [N]
-        loss = -weight * (row_weight * scored.logp).sum() / n
-        loss.backward()
+        loss = -(row_weight * scored.logp).sum() / n
+        (weight * loss).backward()
         total += loss.item()
     return {"sft_loss": over_ranks([total])[0], "sft_tokens": n}
 

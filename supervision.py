@@ -1,4 +1,4 @@
-"""supervision.py -- the paper's supervision signals, one class each. Floor 3.
+"""supervision.py -- the paper's supervision signals, one class each.
 
 A signal's class holds all of it: who writes rollout k of a group (`source`, `hint`), what happens to a
 rollout before the update (`before_update`), what enters the policy loss (`ratio`), what it remembers of the
@@ -119,6 +119,11 @@ class OPS(Signal):
     What is p_old of tokens that no policy sampled? --ops_ratio one: the trainer's own probability, so that
     the ratio is 1 before the first update (as released). shaped: the ratio is p / (p + 0.1) (as the paper
     intends): there is no old policy to compare with, and unlikely tokens get the largest gradient."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for task in self.tasks.values():         # all fit and are right: else a later step would end the run
+            demonstrate(self.chat, task, self.args.syntax, self.limits, self.args.closing)
 
     def source(self, k):
         return "truth" if k < self.args.ops_k else "policy"
@@ -478,7 +483,7 @@ class Judge:
         todo, done, self.trouble = [None] * self.workers + unknown, SimpleQueue(), None
 
         def work():
-            for prompt in iter(todo.pop, None):  # None: nothing is left for this thread
+            for prompt in iter(todo.pop, None):  # from the end; then each thread finds one None, and stops
                 done.put((prompt, self._answer(prompt)))
         for _ in unknown[:self.workers]:
             Thread(target=work, daemon=True).start()     # a daemon: Ctrl-C does not wait for its request

@@ -1,4 +1,4 @@
-"""tools.py -- the world an agent acts in. Floor 0: plain Python, no torch.
+"""tools.py -- the world an agent acts in. Plain Python, no torch.
 
 The paper (arXiv 2606.26027) trains on BFCL multi-turn: a user asks for things over several turns, the model
 calls tools, and the reward is 1 only if EVERY user turn ended in the right state with the right results. A
@@ -172,10 +172,10 @@ class Task:
     def system(self, syntax):
         return "\n".join(["You can call these tools:", *self.docs.values(), CALL_HELP[syntax]])
 
-    def opening(self, syntax):
-        """The first messages, in chat-template form"""
-        return [{"role": "system", "content": self.system(syntax)},
-                {"role": "user", "content": self.turns[0].user}]
+    def opening(self, syntax, hint=None):
+        """The first messages, in chat-template form. hint: text at the system message's end (HBG)"""
+        system = self.system(syntax) + (f"\n\n{hint}" if hint else "")
+        return [{"role": "system", "content": system}, {"role": "user", "content": self.turns[0].user}]
 
     def fresh_apps(self):
         rng = random.Random(self.init)
@@ -210,8 +210,8 @@ CALL_HELP = {
 class Env:
     """Plain data all through: copy.deepcopy(env) branches a conversation, pickle stores one.
 
-    closing="lenient" (the paper): a message without a complete call ends the user turn, WHATEVER it holds. So
-        the degenerate `<tool_call><|im_end|>` is worth as much as a good reply, and calls in turns whose
+    closing="lenient" (the paper): a message in which no call is closed ends the user turn, WHATEVER it holds.
+        So the degenerate `<tool_call><|im_end|>` is worth as much as a good reply, and calls in turns whose
         ground truth is empty go unpunished.
     closing="strict": a polluted, collapsed or empty message fails the episode, and so do calls where none is
         right, and calls that task.early answers."""
@@ -284,6 +284,7 @@ class Env:
             raise UserError(f"{task.id}, user turn {self.turn}: the ground truth fails: {error!r}") from error
         if calls:
             same_state = all(task.state(self.apps[app]) == task.state(self.truth[app]) for app in task.apps)
+            # No call at all is wrong, even if an earlier turn has brought the state and the results about.
             if not (self.turn_calls and same_state and needed <= self.results):
                 self._fail()
         elif self.closing == "strict" and self.turn_calls:

@@ -1,4 +1,4 @@
-"""train.py -- the run: flags, schedule, main loop, evaluation, checkpoints. Floor 4; starts runs.
+"""train.py -- the run: flags, schedule, main loop, evaluation, checkpoints.
 
     python train.py                                             vanilla GRPO on a laptop
     python train.py --signal ets --schedule interleaved         SFT on failed tasks between phases of RL
@@ -95,11 +95,12 @@ FLAGS = {
         ("max_messages", 16, 1, "model messages per episode"),
         ("max_message_tokens", 64, 1, "tokens per model message"),
         ("max_total_tokens", 1024, 2, "tokens per episode"),
-        ("max_observation_tokens", 256, 1, "tokens kept of one tool result (the last ones)"),
+        ("max_observation_tokens", 256, 1, "tokens kept of the tool results of one message (the last ones)"),
         ("test_total_tokens", 0, 0, "test tasks: tokens per episode; 0 = --max_total_tokens"),
-        ("test_observation_tokens", 0, 0, "test tasks: of one tool result; 0 = --max_observation_tokens"),
+        ("test_observation_tokens", 0, 0, "test tasks: of tool results; 0 = --max_observation_tokens"),
         ("engine", "hf", ("hf", "vllm"), "sample from the trained model, or from a copy in vLLM"),
-        ("kv_cache_gb", 2.0, 0.001, "the sampler's GiB for keys and values, per process")],
+        ("kv_cache_gb", 2.0, 0.001, "the sampler's GiB for keys and values, per process (hf: up to 5/3 of "
+         "it while they grow)")],
     "policy loss": [
         ("loss", "grpo", LOSSES, "rl_step.LOSSES"),
         ("updates", 3, 1, "optimizer updates per RL step, of whole groups (but --as_released)"),
@@ -142,8 +143,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     p.set_defaults(**WORLDS[args.world].defaults)
     args = p.parse_args(argv)
-    refuse_senseless(args, p.error)
     args.compute_dtype = args.compute_dtype or args.dtype
+    refuse_senseless(args, p.error)
     args.micro_tokens = args.micro_tokens or (16_384 if torch.cuda.is_available() else 4096)
     args.sft_epochs = args.sft_epochs or (2 if args.schedule == "interleaved" else 3)
     if not args.eval_only:
@@ -187,7 +188,7 @@ def refuse_senseless(args, error):
         error("--correction is a cap of at least 1; and text that --as_released encodes again has no sampler")
     if args.resume and args.eval_only:
         error("--resume and --eval_only exclude each other; --eval_only --model RUN_FOLDER evaluates a run")
-    if (args.compute_dtype or args.dtype) != args.dtype and not args.shard:
+    if args.compute_dtype != args.dtype and not args.shard:
         error(f"--compute_dtype {args.compute_dtype} beside --dtype {args.dtype} needs --shard")
     if args.dtype == "bfloat16" and not args.eval_only:
         error("--dtype bfloat16 would round small updates away; train with --shard --compute_dtype bfloat16")
@@ -256,6 +257,11 @@ def starting_point(args):
             raise UserError(f"{BASE} learned another world than the one in tools.py; make a model of "
                             "this one with python results/make_base.py.")
         return str(verified(BASE))
+    config = Path(args.out or "", "config.json")
+    if args.resume and config.exists():          # another run's checkpoint: the one that this run began with
+        begun = Path(read_json(config).get("model", ""))
+        if begun.parent == Path(args.model, "checkpoints"):
+            return str(verified(begun))
     return str(newest_checkpoint(args.model) or verified(args.model))
 
 
@@ -308,9 +314,9 @@ def evaluation_sets(world, args, split):
 
 
 def evaluate(engine, chat, sets, world, args, split="test"):
-    """-> {"base": .12, "base_clean": .10 (solved, and every message clean), ..., "average": .10 (of the four
-    categories), "average_clean": .08, "state/call": .5, ...}; and a world's further verdicts, such as
-    "base_strict" """
+    """-> {"base": .12, "base_clean": .10 (solved, and every message clean), ..., "average": .10 (of the
+    categories in `sets`), "average_clean": .08, "state/call": .5, ...}; and a world's further verdicts, such
+    as "base_strict" """
     work = []
     for name, pairs in sets.items():
         work += [(name, task.env(syntax, world.eval_closing or args.closing)) for task, syntax in pairs]
@@ -328,7 +334,7 @@ def evaluate(engine, chat, sets, world, args, split="test"):
             scores.setdefault(name + ending, []).append(score)
         states.update(of_one if name in CATEGORIES else [])
     scores = {name: mean(values) for name, values in scores.items()}
-    for ending in verdicts:
+    for ending in judged[0][1]:
         scores[f"average{ending}"] = mean(scores[c + ending] for c in CATEGORIES if c + ending in scores)
     return scores | {f"state/{s}": states[s] / max(states.total(), 1) for s in STATES}
 
@@ -354,12 +360,13 @@ def save_checkpoint(run, step):
         moments = sharded_state.get_optimizer_state_dict(model, run.optimizer, options=WHOLE)
         if model.config.tie_word_embeddings:     # one tensor under two names would be stored twice
             weights = {k: v for k, v in weights.items() if k not in model._tied_weights_keys}
-    moved = run.args.as_released and run.reference       # else it is the model that the run started from
-    anchor = sharded_state.get_model_state_dict(run.reference, options=WHOLE) if moved else None
+    reference = None                             # it is the model that the run started from
+    if run.args.as_released and run.reference:   # or has moved
+        reference = sharded_state.get_model_state_dict(run.reference, options=WHOLE)
     if rank() != 0:
         return
     state = {"progress": vars(run.progress) | {"step": step}, "signal": run.signal.state(),
-             "optimizer": moments, "rng": torch.get_rng_state(), "reference": anchor}
+             "optimizer": moments, "rng": torch.get_rng_state(), "reference": reference}
 
     def write(tmp):
         model.save_pretrained(tmp, state_dict=weights)
@@ -447,7 +454,7 @@ def open_folder(run):
 class Progress:
     """Besides weights and optimizer a run has no state but these numbers: every random choice is a function
     of the seed, the step and the place where it is made."""
-    step: int = 0
+    step: int = 0                                # where this process began; a checkpoint has its own
     rl_steps: int = 0
     rows: int = 0  # supervised rows trained; the position in the stream of "rl+sft"
     phase: str = ""                              # of the last step, see `plan`
@@ -481,6 +488,7 @@ def build(args, device):
     refuse_long_prompts(chat, limits_of(args), [(task, args.syntax) for task in tasks], *sets.values())
     refuse_long_prompts(chat, limits_of(args, "test"), *test_sets.values())
     signal = SIGNALS[args.signal](args, chat, tasks, limits_of(args))
+    refuse_long_prompts(chat, limits_of(args), [(task, args.syntax) for task in tasks], hint=signal.hint)
     if signal.note:
         say(signal.note)
     reference = None                             # of the KL term
@@ -505,9 +513,9 @@ def build(args, device):
     return run
 
 
-def refuse_long_prompts(chat, limits, *sets):
+def refuse_long_prompts(chat, limits, *sets, hint=lambda task: None):
     for task, syntax in [pair for pairs in sets for pair in pairs]:
-        length = len(chat.prompt(task.opening(syntax)))
+        length = len(chat.prompt(task.opening(syntax, hint(task))))
         if length >= limits.total_tokens:
             raise UserError(f"the prompt of {task.id} has {length} tokens: no room for an answer within "
                             f"{limits.total_tokens}; raise --max_total_tokens, or --test_total_tokens.")
@@ -543,7 +551,8 @@ def enter_phase(run, phase):
                 run.reference.load_state_dict(run.model.state_dict())
         progress.phase, progress.since_switch = phase, 0
     if args.as_released:
-        return min(1.0, progress.since_switch / (5 if args.schedule == "interleaved" else args.warmup))
+        later = 5                                # the release's, in the phases behind an SFT phase
+        return min(1.0, progress.since_switch / (later if args.schedule == "interleaved" else args.warmup))
     return min(1.0, (progress.rl_steps + 1) / args.warmup)
 
 
@@ -592,10 +601,11 @@ def train(run):
                 episodes = sample_groups(signal, run.engine, batch, mine, seed=(args.seed, step))
             # ---- credit: what was each of them worth?
             credit = assign_credit(episodes, args.reward, args.seed, step)
-            record_episodes(Path(args.out) / "episodes.jsonl", step, run.chat, episodes)
             everyones = gather(episodes)         # all ranks see all rollouts
-            signal.observe(step, sorted(everyones, key=lambda e: (e.group_id, e.sample)))
             log |= rollout_metrics(everyones, gather(credit)) | {"rollout_s": time.time() - began}
+            everyones = sorted(everyones, key=lambda e: (e.group_id, e.sample))
+            record_episodes(Path(args.out) / "episodes.jsonl", step, run.chat, everyones)
+            signal.observe(step, everyones)
             del everyones                        # hundreds of megabytes of a real run
             # ---- what the signal does before the update; p_old of what nobody sampled as it is trained
             episodes = signal.before_update(episodes)
@@ -607,10 +617,10 @@ def train(run):
             # ---- advantages: compared with the own group
             adv = advantages(credit, [e.group_id for e in episodes], args.only)
             # ---- policy updates; synchronous supervision is one more term of their loss
-            rows = supervised_rows(run, log) if phase == "rl+sft" else []
+            sft_rows = supervised_rows(run, log) if phase == "rl+sft" else []
             log |= policy_updates(
                 model, optimizer, episodes, adv, args, lr=args.lr * warm, signal=signal, chat=run.chat,
-                reference=run.reference, rows=rows, position=progress.rows)
+                reference=run.reference, sft_rows=sft_rows, position=progress.rows)
             progress.rl_steps += 1
 
         # ---- log

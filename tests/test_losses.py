@@ -103,7 +103,7 @@ def test_cross_entropy(model):
     metrics, grads = gradients(model, lambda m: sft_backward(m, rows, weight=0.5, micro_tokens=60))
     expected, _ = reference_logprobs(model, rows)
     assert metrics["sft_tokens"] == n
-    assert metrics["sft_loss"] == pytest.approx(-0.5 * expected.sum().item() / n, rel=1e-5)
+    assert metrics["sft_loss"] == pytest.approx(-expected.sum().item() / n, rel=1e-5)       # without the weight
     _, plain = gradients(model, lambda m: (-0.5 * reference_logprobs(m, rows)[0].sum() / n).backward())
     assert close(grads, plain)
     for i, row in enumerate(rows):                                   # weights of their own, the same divisor

@@ -146,6 +146,15 @@ def test_observation_limit_keeps_the_last_tokens(chat):
     assert short == chat.head + whole[len(chat.head):-len(chat.foot)][-2:] + chat.foot
 
 
+def test_only_tool_results_are_shortened(chat):
+    """Not what the user says next, however small the limit for results."""
+    done = chat.message("Done.")
+    e = roll(chat, [chat.message(CHECK), done, done], Limits(20, 64, 1024, 2))
+    result, user = [span for span in e.spans if span.who in ("tool", "user")]
+    assert e.ids[result.start:result.end] == chat.observation(result.text, 2) != chat.observation(result.text)
+    assert user.text == "check the balance" and e.ids[user.start:user.end] == chat.observation(user.text)
+
+
 def test_prompt_that_fills_the_limit(chat):
     with pytest.raises(AssertionError, match="the prompt of .* fills Limits.*total_tokens=20"):
         roll(chat, [], Limits(20, 64, 20, 256))

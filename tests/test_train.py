@@ -26,7 +26,7 @@ import analyze_tokens
 import rl_step
 import tools
 import train
-from analyze_tokens import collapse
+from analyze_tokens import collapse, read_records
 from rl_step import advantages, assign_credit, rl_backward, set_old_logprobs
 from rollout import STATES
 from sft_step import optimizer_step, sft_backward, shuffled_passes
@@ -226,6 +226,20 @@ def test_resume_before_the_first_checkpoint(folder):
     assert train.cli([*args, "--resume"]) == 0 and rows("runs/early") == whole
 
 
+def test_resume_when_the_run_that_it_began_with_has_gone_on(folder):
+    """--model runs/old: a resumption begins with the checkpoint of then, not with the newest one."""
+    grow = [*RUN, "--seed", "5", "--steps", "2", "--save_every", "1", "--keep", "-1", "--eval_every", "-1"]
+    assert train.cli([*grow, "--out", "runs/old"]) == 0
+    (folder / "runs/old/checkpoints/latest").write_text("step-1")
+    args = [*grow, "--model", "runs/old", "--out", "runs/young"]
+    assert train.cli(args) == 0
+    whole = rows("runs/young")
+    (folder / "runs/old/checkpoints/latest").write_text("step-2")
+    (folder / "runs/young/checkpoints/latest").write_text("step-1")
+    assert train.cli([*args, "--resume"]) == 0 and rows("runs/young") == whole
+    assert train.cli([*args[:-1], "runs/other"]) == 0 and rows("runs/other") != whole
+
+
 def test_a_damaged_log_is_refused_and_kept(folder, capfd):
     """Half a last line is normal after a kill; a damaged line in the middle is not, and must not cost the
     lines behind it."""
@@ -299,6 +313,8 @@ def test_eval_only(folder, capsys):
     (["--dtype", "bfloat16"], "train with --shard --compute_dtype bfloat16"),
     (["--dtype", "bfloat16", "--shard"], "train with --shard --compute_dtype bfloat16"),
     (["--signal", "sft", "--schedule", "sft", "--max_messages", "1"], "does not fit into the limits"),
+    (["--signal", "ops", "--max_messages", "1"], "does not fit into the limits"),
+    (["--signal", "hbg", "--max_total_tokens", "190"], "within 190; raise --max_total_tokens"),
 ])
 def test_mistakes_are_one_sentence(folder, capfd, args, words):
     before = set(folder.rglob("*"))
@@ -461,12 +477,12 @@ def test_analyze_reads_runs(folder, half_and_bad, capsys):
     capsys.readouterr()
     assert analyze_tokens.main(["runs/first", "runs/half"]) == 0
     out = capsys.readouterr().out
-    assert out.count("No collapse") == 2 and "before     after" in out and "polluted" in out
+    assert out.count("Too short to tell") == 2 and "before     after" in out and "polluted" in out
     assert analyze_tokens.main(["runs/bad", "runs/not-there", "runs/first"]) == 2
     seen = capsys.readouterr()
     assert "line 1 of runs/bad/metrics.jsonl is damaged" in seen.err
     assert "runs/not-there/metrics.jsonl does not exist" in seen.err
-    assert "== runs/first" in seen.out and "No collapse" in seen.out
+    assert "== runs/first" in seen.out and "Too short to tell" in seen.out
 
 
 def test_plot_draws_what_can_be_read(folder, half_and_bad, capsys):
@@ -523,6 +539,9 @@ def test_torchrun_equals_one_process(folder, name, flags):
     assert two.returncode == 0, two.stderr
     assert train.cli([*args, "--out", f"runs/one-{name}"]) == 0
     close_records(rows(f"runs/two-{name}"), rows(f"runs/one-{name}"))
+    of_both = [read_records(f"runs/{n}-{name}/episodes.jsonl") for n in ("two", "one")]
+    two, one = [[(e["step"], e["group"], e["sample"], e["ids"]) for e in episodes] for episodes in of_both]
+    assert two == one                            # the best and the worst of all processes, not of the first
 
 
 def test_torchrun_mistake(folder):
