@@ -630,14 +630,14 @@ def own_logprobs(model, row):
 @pytest.mark.parametrize("correction", [0.0, 2.0])
 def test_old_logprobs(model, correction):
     """p_old: the sampler's numbers where it sampled the row as it is trained, else the trainer's own; with
-    --correction the trainer's own of the policy's rollouts too. The sampler's stay what they are."""
+    --correction the trainer's own of all rows. The sampler's stay what they are."""
     rows = episodes()
     kinds = [("policy", True), ("policy", False), ("truth", False), ("hinted", False), ("hinted", True)]
     for row, (source, as_sampled) in zip(rows, kinds):
         row.source, row.as_sampled, row.logprobs_old = source, as_sampled, None
     before = copy.deepcopy(rows)
     set_old_logprobs(model, rows, correction, 60)
-    own = [correction > 0, True, True, True, False, *[correction > 0] * 3]
+    own = [correction > 0, True, True, True, *[correction > 0] * 4]
     for row, old, is_own in zip(rows, before, own):
         expected = own_logprobs(model, row) if is_own else old.logprobs
         assert row.logprobs_old == pytest.approx(expected, abs=1e-5) and row.logprobs == old.logprobs
