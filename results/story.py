@@ -88,6 +88,7 @@ STORY = Study(RECIPES | RETIRED, COMMON, FINAL, "runs/story", DATA)
 # 2. Tables
 TESTS = {"test tasks, %": "final/average_clean", "other syntax, %": "final/format_ood_clean",
          "new tools, %": "final/content_ood_clean"}      # greedy, every message clean
+TESTED = ["final/average_clean"]
 MALFORMED = tuple(f"state/{state}" for state in STATES if not is_clean([state]))
 SPIKE = "p/open|text"                            # <tool_call> where text should begin
 WRONG = ("p/open|off", "p/close|off", "p/end|off", "p/start|off")    # where another token is right
@@ -98,7 +99,7 @@ PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 2
          "lr1e-3+prs+phases": "26 / 12 / 26", "sft": "– / 0 / 24"}
 PARTS = {                                        # table: its recipes
     "main": ["lr1e-3", "lr1e-3+ops", "lr1e-3+hbg", "lr1e-3+sft-first", "lr1e-3+ets+phases",
-             "lr1e-3+prs+phases", "lr1e-3+ets", "lr1e-3+prs", "sft", "lr2e-4", "lr2e-4+mask",
+             "lr1e-3+prs+phases", "lr1e-3+ets", "lr1e-3+prs", "lr1e-3+sft", "sft", "lr2e-4", "lr2e-4+mask",
              "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases", "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3") and "threads" not in name] + ["sft"],
@@ -129,6 +130,11 @@ def start(base, done, columns, digits=0):
     return f"{100 * mean(values):.{digits}f}"
 
 
+def titled(base):
+    """"base" -> "the base", "base-seed1" -> "the base, seed1" """
+    return base.replace("base", "the base").replace("-", ", ")
+
+
 def recipe_table(names):
     """One line per recipe, behind its base: mean over seeds (lowest to highest seed). Messages: the last 10
     steps, probabilities: the last probe, tests: at the end; if a method is the paper's, its scores"""
@@ -137,7 +143,7 @@ def recipe_table(names):
         done, base = runs(name), base_of(name)
         if base not in seen:
             seen.add(base)
-            rows.append([base.replace("base", "the base").replace("-", ", "), None, None])
+            rows.append([titled(base), None, None])
             rows[-1] += [start(base, done, MALFORMED), start(base, done, [SPIKE]),
                          start(base, done, WRONG, 1)]
             rows[-1] += [start(base, done, [score]) for score in TESTS.values()]
@@ -157,6 +163,20 @@ def recipe_table(names):
     if compared:
         header.append("the paper's three, %")
     return markdown(" | ".join(header), rows)
+
+
+def claims_table():
+    """The main claims from every base: greedy test tasks at the end, mean over seeds (lowest to highest; how
+    many seeds)"""
+    places = ["", *(f"@{base}" for base in BASES if runs(f"lr1e-3@{base}"))]
+    rows = [["before", *(start(base_of(at), runs(f"lr1e-3{at}"), TESTED) for at in places)]]
+    for name in CLAIMS:
+        rows.append([code(name)])
+        for done in [runs(f"{name}{at}") for at in places]:
+            scores = percent([late(records, *TESTED, n=1) for records in done])
+            rows[-1].append(f"{scores[:-1]}; {len(done)})" if done else scores)
+    titles = ["test tasks, % (lowest to highest; seeds)", *(titled(base_of(at)) for at in places)]
+    return markdown(" | ".join(titles), rows)
 
 
 BESIDE = {"calls right, given the truth so far, %": ["p/calls_exact"],
@@ -220,8 +240,8 @@ def autopsy_table():
 
 
 TABLES = {name: functools.partial(recipe_table, names) for name, names in PARTS.items()}
-TABLES |= {"recipes": recipes_table, "beside": beside_table, "pressure": pressure_table,
-           "autopsy": autopsy_table}
+TABLES |= {"recipes": recipes_table, "claims": claims_table, "beside": beside_table,
+           "pressure": pressure_table, "autopsy": autopsy_table}
 PAGES = (ROOT / "README.md", DATA / "README.md")
 # What finds the tables on a page; groups: the table's name, its lines
 MARKED = re.compile(r"(?<=<!-- story: )(\S+) -->\n((?:\|[^\n]*(?:\n(?=\|))?)*)")
@@ -251,8 +271,8 @@ class Pair:
 PICTURES = {
     "story.png": Pair("lr1e-3", "lr1e-3+ets", "RL alone", "RL + ETS, same update", "reward",
                       "RL alone collapses; with ETS it holds"),
-    "spike.png": Pair("lr2e-4+mask", "lr2e-4+mask+ets+phases", "RL, control tokens unpunished",
-                      "... + ETS in two phases (dotted)", "reward_clean",
+    "spike.png": Pair("lr2e-4+mask", "lr2e-4+mask+ets", "RL, control tokens unpunished",
+                      "... + ETS, same update", "reward_clean",
                       "Unpunished control tokens, and the cure")}
 
 
@@ -275,9 +295,6 @@ def rewards(ax, pair):
         middle = [mean(values) for values in zip(*(values for _, values in done))]
         label = f"{label} ({len(done)} seeds)"
         ax.plot(done[0][0], middle, dashes, color=colour, lw=2.2, label=label)
-    for record in runs(pair.cured)[0]:
-        if record.get("phase") == "sft_phase":
-            ax.axvline(record["step"], color=BLUE, ls=":", lw=0.8)
     ax.set_title(pair.title)
     ax.set_xlabel(f"step (learning rate {pair.alone[2:6]})")
     ax.set_ylabel("reward, mean of 5 steps" if pair.reward == "reward" else
