@@ -259,7 +259,7 @@ def starting_point(args):
         return str(verified(BASE))
     config = Path(args.out or "", "config.json")
     if args.resume and config.exists():          # another run's checkpoint: the one that this run began with
-        begun = Path(read_json(config).get("model", ""))
+        begun = Path(str(read_json(config).get("model")))
         if begun.parent == Path(args.model, "checkpoints"):
             return str(verified(begun))
     return str(newest_checkpoint(args.model) or verified(args.model))
