@@ -99,7 +99,7 @@ PAPER = {"base": "3.5 / 26 / 32", "lr1e-3": "0 / 25 / 0", "lr1e-3+ops": "1.5 / 2
          "lr1e-3+prs+phases": "26 / 12 / 26", "sft": "– / 0 / 24"}
 PARTS = {                                        # table: its recipes
     "main": ["lr1e-3", "lr1e-3+ops", "lr1e-3+hbg", "lr1e-3+sft-first", "lr1e-3+ets+phases",
-             "lr1e-3+prs+phases", "lr1e-3+ets", "lr1e-3+prs", "lr1e-3+sft", "sft", "lr2e-4", "lr2e-4+mask",
+             "lr1e-3+prs+phases", "lr1e-3+ets", "sft", "lr2e-4", "lr2e-4+mask",
              "lr2e-4+mask+strict", "lr2e-4+mask+ets+phases", "lr2e-4+mask+ets"],
     "rates": ["lr2e-4", "lr5e-4", "lr1e-3"],
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3") and "threads" not in name] + ["sft"],
