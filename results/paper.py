@@ -180,8 +180,7 @@ def scores_of(study, done, columns):
 
 def cell(runs, column):
     """A closing score of a recipe's seeds, % -> "4.0", or "4.0 (3.0 to 5.5)": mean, lowest, highest seed"""
-    text = percent([late(records, f"final/{column}", n=1) for records in runs], 1)
-    return text.split(" (")[0] if len(runs) == 1 else text
+    return percent([late(records, f"final/{column}", n=1) for records in runs], 1)
 
 
 def main_table(study, done):

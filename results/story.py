@@ -174,7 +174,7 @@ def claims_table():
         rows.append([code(name)])
         for done in [runs(f"{name}{at}") for at in places]:
             scores = percent([late(records, *TESTED, n=1) for records in done])
-            rows[-1].append(f"{scores[:-1]}; {len(done)})" if done else scores)
+            rows[-1].append(f"{scores.rstrip(')')}; {len(done)})" if len(done) > 1 else scores)
     titles = ["test tasks, % (lowest to highest; seeds)", *(titled(base_of(at)) for at in places)]
     return markdown(" | ".join(titles), rows)
 

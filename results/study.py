@@ -205,11 +205,12 @@ def code(text):
 
 
 def spread(values, digits=2):
-    """[.3, .1, .2] -> "0.20 (0.10 to 0.30)": the mean over seeds, and the lowest and highest seed"""
+    """[.3, .1, .2] -> "0.20 (0.10 to 0.30)": the mean over seeds, the lowest and the highest; [.3] -> "0.30" """
     values = [v for v in values if v is not None]
     if not values:
         return "–"
-    return f"{mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    extremes = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{extremes}"
 
 
 def percent(values, digits=0):

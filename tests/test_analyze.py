@@ -335,4 +335,4 @@ def test_collapse_and_cells_on_made_up_records():
     assert study.late(records, "reward", n=30) == pytest.approx(.4 / 3)
     assert study.late(records, "reward", "state/call", n=30) == pytest.approx(.5 + .4 / 3)
     assert study.spread([.3, .1, .2]) == "0.20 (0.10 to 0.30)"
-    assert study.spread([None]) == "–"
+    assert study.spread([None]) == "–" and study.spread([None, .3]) == "0.30"
