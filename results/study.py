@@ -205,7 +205,7 @@ def code(text):
 
 
 def spread(values, digits=2):
-    """[.3, .1, .2] -> "0.20 (0.10 to 0.30)": the mean over seeds, the lowest and the highest; [.3] -> "0.30" """
+    """[.3, .1, .2] -> "0.20 (0.10 to 0.30)": mean over seeds, the lowest and the highest; [.3] -> "0.30" """
     values = [v for v in values if v is not None]
     if not values:
         return "–"
