@@ -121,18 +121,18 @@ def base_of(name):
     return "-".join(["base", *name.split("@")[1:]])
 
 
-def start(base, done, columns, digits=0):
-    """The columns' sum before the first update, %: the base's closing scores, else means over the first step
-    of the runs that begin with it   "base-seed1", ..., "final/average" -> "41" """
-    scores = json.loads((DATA / f"{base}.json").read_text())
+def start(at, columns, digits=0):
+    """The columns' sum before the first update, %: the closing scores of the base, else the mean over the
+    first steps of the runs of lr1e-3 that begin with it   "@seed1", ["final/average_clean"] -> "39" """
+    scores = json.loads((DATA / f"{base_of(at)}.json").read_text())
     closing = {f"final/{name}": value for name, value in scores.items()}
-    values = [sum((records[0] | closing)[column] for column in columns) for records in done]
+    values = [sum((records[0] | closing)[column] for column in columns) for records in runs(f"lr1e-3{at}")]
     return f"{100 * mean(values):.{digits}f}"
 
 
-def titled(base):
-    """"base" -> "the base", "base-seed1" -> "the base, seed1" """
-    return base.replace("base", "the base").replace("-", ", ")
+def titled(at):
+    """"" -> "the base", "@seed1" -> "the base of seed1" """
+    return at.replace("@", "the base of ") or "the base"
 
 
 def recipe_table(names):
@@ -140,13 +140,11 @@ def recipe_table(names):
     steps, probabilities: the last probe, tests: at the end; if a method is the paper's, its scores"""
     rows, seen, compared = [], set(), len(PAPER.keys() & names) > 1
     for name in [name for name in names if runs(name)]:
-        done, base = runs(name), base_of(name)
-        if base not in seen:
-            seen.add(base)
-            rows.append([titled(base), None, None])
-            rows[-1] += [start(base, done, MALFORMED), start(base, done, [SPIKE]),
-                         start(base, done, WRONG, 1)]
-            rows[-1] += [start(base, done, [score]) for score in TESTS.values()]
+        done, at = runs(name), "".join(name.partition("@")[1:])      # "lr1e-3@seed1" -> "@seed1"
+        if at not in seen:
+            seen.add(at)
+            rows.append([titled(at), None, None, start(at, MALFORMED), start(at, [SPIKE])])
+            rows[-1] += [start(at, WRONG, 1), *(start(at, [score]) for score in TESTS.values())]
             if compared:
                 rows[-1].append(PAPER["base"])
         rows.append([code(name), len(done), *["–"] * 4])
@@ -169,13 +167,13 @@ def claims_table():
     """The main claims from every base: greedy test tasks at the end, mean over seeds (lowest to highest; how
     many seeds)"""
     places = ["", *(f"@{base}" for base in BASES if runs(f"lr1e-3@{base}"))]
-    rows = [["before", *(start(base_of(at), runs(f"lr1e-3{at}"), TESTED) for at in places)]]
+    rows = [["before", *(start(at, TESTED) for at in places)]]
     for name in CLAIMS:
         rows.append([code(name)])
         for done in [runs(f"{name}{at}") for at in places]:
             scores = percent([late(records, *TESTED, n=1) for records in done])
             rows[-1].append(f"{scores.rstrip(')')}; {len(done)})" if len(done) > 1 else scores)
-    titles = ["test tasks, % (lowest to highest; seeds)", *(titled(base_of(at)) for at in places)]
+    titles = ["test tasks, % (lowest to highest; seeds)", *(titled(at) for at in places)]
     return markdown(" | ".join(titles), rows)
 
 
@@ -190,7 +188,7 @@ BESIDE = {"calls right, given the truth so far, %": ["p/calls_exact"],
 def beside_table():
     """What `recipe_table` leaves out: rows of supervision (a row again is one more); what the model knows;
     test tasks by the rule of the reward; those of one category; the greedy messages of the test tasks"""
-    rows = [["the base", None, None, *(start("base", runs("lr1e-3"), of) for of in BESIDE.values())]]
+    rows = [["the base", None, None, *(start("", of) for of in BESIDE.values())]]
     for name in [name for name in [*SHIPPED, *RETIRED] if runs(name)]:
         visits = [sum(r.get("sft_visits", 0) for r in records) for records in runs(name)]
         rows.append([code(name), len(runs(name)), spread(visits, 0) if any(visits) else None])
