@@ -226,18 +226,21 @@ def test_resume_before_the_first_checkpoint(folder):
     assert train.cli([*args, "--resume"]) == 0 and rows("runs/early") == whole
 
 
-def test_resume_when_the_run_that_it_began_with_has_gone_on(folder):
-    """--model runs/old: a resumption begins with the checkpoint of then, not with the newest one."""
+def test_resume_when_the_run_that_it_began_with_has_gone_on(folder, capfd):
+    """--model runs/parent1: a resumption begins with the checkpoint of then, not with the newest one."""
     grow = [*RUN, "--seed", "5", "--steps", "2", "--save_every", "1", "--keep", "-1", "--eval_every", "-1"]
-    assert train.cli([*grow, "--out", "runs/old"]) == 0
-    (folder / "runs/old/checkpoints/latest").write_text("step-1")
-    args = [*grow, "--model", "runs/old", "--out", "runs/young"]
+    assert train.cli([*grow, "--out", "runs/parent1"]) == 0
+    (folder / "runs/parent1/checkpoints/latest").write_text("step-1")
+    args = [*grow, "--model", "runs/parent1", "--out", "runs/child1"]
     assert train.cli(args) == 0
-    whole = rows("runs/young")
-    (folder / "runs/old/checkpoints/latest").write_text("step-2")
-    (folder / "runs/young/checkpoints/latest").write_text("step-1")
-    assert train.cli([*args, "--resume"]) == 0 and rows("runs/young") == whole
-    assert train.cli([*args[:-1], "runs/other"]) == 0 and rows("runs/other") != whole
+    whole = rows("runs/child1")
+    (folder / "runs/parent1/checkpoints/latest").write_text("step-2")
+    (folder / "runs/child1/checkpoints/latest").write_text("step-1")
+    assert train.cli([*args, "--resume"]) == 0 and rows("runs/child1") == whole
+    assert train.cli([*args[:-1], "runs/child2"]) == 0 and rows("runs/child2") != whole
+    shutil.rmtree(folder / "runs/parent1/checkpoints/step-1")
+    assert train.cli([*args, "--resume"]) == 2
+    assert "cannot load the model runs/parent1/checkpoints/step-1" in capfd.readouterr().err
 
 
 def test_a_damaged_log_is_refused_and_kept(folder, capfd):
