@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")    # small models: more threads on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test loads from there; a wrong name is not looked up
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+# A shell's background job ignores Ctrl-C, and so would all children that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -51,7 +51,6 @@ def in_a_child(work):
     """Runs work() in a forked process, whose death is as sudden as that of a real run -> its pid"""
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs ignore it
         sys.stdout = sys.stderr = open("children.log", "a", buffering=1)
         status = 1
         try:
