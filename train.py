@@ -485,7 +485,7 @@ def build(args, device):
         rank0_first(lambda: Judge(args.judge_url, args.judge_model).check())
     tasks = world.mixed("train", args.train_tasks)
     test_sets = evaluation_sets(world, args, "test") if world.has_test else {}       # played once, at the end
-    refuse_long_prompts(chat, limits_of(args), [(task, args.syntax) for task in tasks], *sets.values())
+    refuse_long_prompts(chat, limits_of(args), *sets.values())
     refuse_long_prompts(chat, limits_of(args, "test"), *test_sets.values())
     signal = SIGNALS[args.signal](args, chat, tasks, limits_of(args))
     refuse_long_prompts(chat, limits_of(args), [(task, args.syntax) for task in tasks], hint=signal.hint)
