@@ -690,12 +690,15 @@ def test_the_gap_is_that_of_the_sampled_rows(model):
     for e in data[:4]:
         e.as_sampled = False                     # nobody sampled them there: their distance says nothing
     own, _ = reference_logprobs(model, data[4:])
-    gap = (own.detach() - at_trained(data[4:], "logprobs", "cpu")).abs()
+    d = own.detach() - at_trained(data[4:], "logprobs", "cpu")       # log p_new / p_sampler, of sampled tokens
+    gap, k3 = d.abs(), (d.exp() - d - 1).clamp(-10, 10)              # KL(sampler || new)
+    n = sum(sum(e.mask) for e in data)
     for correction in (0.0, 2.0):                # also where p_old hides it from the ratio
         set_old_logprobs(model, data, correction, 16_384)
         m = rl_backward(model, data, [1.0] * 8, correction=correction, micro_tokens=40)
         assert m["gap"] == pytest.approx(gap.mean().item(), rel=1e-5)
         assert m["gap_max"] == pytest.approx(gap.max().item(), rel=1e-5)
+        assert m["kl_sampler"] == pytest.approx(k3.sum().item() / n, rel=1e-4)
 
 
 # --- the pressure that rl_backward measures, and padding under FSDP -----------------------------------------
