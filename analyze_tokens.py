@@ -286,22 +286,26 @@ def summary(out):
     if tests:
         text.append(table({"test": scores(tests[-1], "test/")}))
     found = {name: collapse(records, name=name) for name in MEASURES}
-    if event := found["reward"] or found["reward_clean"]:
-        text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good):")
+    event = found["reward"] or found["reward_clean"]
+    first, last = [evals[i]["eval/average_clean"] for i in (0, -1)] if evals else (0, 0)
+    tests_lost = first > 0.2 and last < first / 4        # a few solved tasks could be lost by chance
+    if event or tests_lost:
+        text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good; tests below a quarter):")
         for name, meaning in MEASURES.items():
             one, (_, values) = found[name], smooth(records, name)
             what = "at step {step}, peak {peak:.2f} at step {peak_step}".format(**one) if one else "no"
             text.append(f"  by the {meaning}: {what}; last 5 steps {values[-1]:.2f}")
-        shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
-        text.append(f"What the messages became: {shift}.")
-        if not found["reward"]:
+        text.append(f"  by the test tasks, solved with clean messages: {first:.1%} -> {last:.1%}")
+        if event:
+            shift = ", ".join(f"{s} {event['before'][s]:.2f} -> {event['after'][s]:.2f}" for s in STATES)
+            text.append(f"What the messages became: {shift}.")
+        if event and not found["reward"]:
             text.append("The task reward does not see it: with --closing lenient any message without a "
                         "complete call ends the turn.")
     elif 0 < sum("reward" in r for r in records) < 2 * WINDOW:
         text.append(f"\nToo short to tell whether it collapses: fewer than {2 * WINDOW} RL steps.")
     elif any("reward" in r for r in records):
         text.append("\nNo collapse: neither reward nor clean reward fell below a tenth of its peak for good.")
-        first, last = (evals[0]["eval/average"], evals[-1]["eval/average"]) if evals else (0, 0)
         if last < 0.8 * first:
             text.append(f"But the test tasks fell from {first:.0%} to {last:.0%}.")
     if skipped := sum(r.get("skipped_updates", 0) for r in records):

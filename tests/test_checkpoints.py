@@ -176,6 +176,21 @@ def test_collapse_by_both_measures(tmp_path):
     assert "The task reward does not see it" in text
 
 
+def test_collapse_of_the_test_tasks_alone(tmp_path):
+    """A reward that has always been low may stay where it was, while the greedy answers are lost"""
+    shares = {f"state/{s}": .5 for s in STATES}
+    steps = [{"step": step, "reward": .1, "reward_clean": .1} | shares for step in range(20)]
+    for first, last, verdict in ((.04, .0, "No collapse"), (.46, .12, "No collapse"), (.46, .11, "COLLAPSE")):
+        before, after = ({"eval/average": .5, "eval/average_clean": value} for value in (first, last))
+        lines = [json.dumps(record) for record in ({"step": 0} | before, *steps, {"step": 20} | after)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        text = summary(tmp_path)
+        assert verdict in text
+    assert "by the task reward (the paper's measure): no; last 5 steps 0.10" in text
+    assert "by the test tasks, solved with clean messages: 46.0% -> 11.0%" in text
+    assert "What the messages became" not in text and "does not see it" not in text
+
+
 # --- the paper's comparison --------------------------------------------------------------------------------
 
 
