@@ -290,7 +290,7 @@ def summary(out):
     first, last = [evals[i]["eval/average_clean"] for i in (0, -1)] if evals else (0, 0)
     tests_lost = first > 0.2 and last < first / 4        # a few solved tasks could be lost by chance
     if event or tests_lost:
-        text.append("\nCOLLAPSE (mean of 5 steps below a tenth of its peak, for good; tests below a quarter):")
+        text.append("\nCOLLAPSE (5 steps' mean below a tenth of its peak, for good; tests: below a quarter):")
         for name, meaning in MEASURES.items():
             one, (_, values) = found[name], smooth(records, name)
             what = "at step {step}, peak {peak:.2f} at step {peak_step}".format(**one) if one else "no"
