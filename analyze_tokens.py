@@ -455,9 +455,11 @@ def lock(out):
     file = os.open(out / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise UserError(f"another process is writing the run in {out} ({error}); wait for it to end, or name "
                         "another --out.") from error
+    except OSError as error:                     # some network file systems have no locks
+        print(f"warning: {out} cannot be locked ({error}); see to it that no other process writes this run.")
 
 
 def pretrained(name, dtype=torch.float32, template=None):

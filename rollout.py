@@ -534,6 +534,7 @@ class VLLMEngine:
         self.stop_ids, self.asleep, self.names, self.keys = sorted(stop_ids), False, itertools.count(), {}
         self.sleeps = torch.cuda.is_available()  # on a CPU sleeping frees nothing
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.dtype = getattr(torch, dtype)       # of vLLM's weights
         config = copy.deepcopy(model.config)
         conversations_that_fit(config, max_tokens, kv_cache_gb, dtype)       # at least one, or it says so
         if max_tokens > (longest := getattr(config, "max_position_embeddings", max_tokens)):
@@ -556,9 +557,11 @@ class VLLMEngine:
             # vLLM's default ("raw") are those of temperature 1, whatever temperature was sampled from
             logprobs_mode="processed_logprobs",
             # The size of the cache is given, so the share of the GPU is only a check at start-up, which would
-            # count the trainer's memory as taken. A full cache is no error: the youngest conversations wait.
+            # count the trainer's memory as taken. A full cache is no error: messages wait. First come, first
+            # served would let each wait until its conversation's keys are gone, and compute them again; so
+            # the longest conversation is served first.
             kv_cache_memory_bytes=int(kv_cache_gb * 2**30), gpu_memory_utilization=0.01,
-            enable_prefix_caching=True, **({} if self.sleeps else on_cpu),
+            enable_prefix_caching=True, scheduling_policy="priority", **({} if self.sleeps else on_cpu),
             **(in_group if "RANK" in os.environ else {}))
         for name, value in before.items():  # vLLM overwrites both, for itself and every process started later
             os.environ.pop(name, None)
@@ -575,7 +578,8 @@ class VLLMEngine:
         assert shapes == self.shapes, "another model: a refused tensor would leave vLLM's in ruins"
         if self.asleep:
             self.llm.wake_up(["weights"])        # first the weights, later the cache: the peak is lower
-        full = ((name, t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in tensors.items())
+        rounded = ((name, t.to(self.dtype)) for name, t in tensors.items())          # half to gather
+        full = ((name, t.full_tensor() if hasattr(t, "full_tensor") else t) for name, t in rounded)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": full})
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
@@ -603,7 +607,9 @@ class VLLMEngine:
         params.output_kind = type(params.output_kind).FINAL_ONLY     # nothing before the message has ended
         name = str(next(self.names))
         self.keys[name] = request.key
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": request.ids}, params)
+        # The lowest number goes first
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": request.ids}, params,
+                                        priority=-len(request.ids))
 
     def collect(self):
         said = []

@@ -303,6 +303,28 @@ def test_attention_in_a_layout_is_that_of_each_row_alone(monkeypatch, kernel, kv
             assert torch.allclose(out[place], by_hand(q[place], k[place], v[place], 0.3), atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_varlen_kernel_on_a_gpu(kv_heads):
+    """What no CPU can run: the kernel itself, forward and backward, in 16 bits, beside float32 by hand"""
+    torch.manual_seed(0)
+    layout = Layout(uneven_rows(), "cuda")
+    q, k, v = (torch.randn(layout.ids.shape[1], heads, 64, device="cuda") for heads in (4, kv_heads, kv_heads))
+    weights, found = torch.randn_like(q), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        if dtype == torch.float32:
+            out = torch.zeros_like(q)
+            for place in layout.place:           # of a shared prompt each row gives the same
+                out[place] = by_hand(*(x[place] for x in leaves), 0.125)
+        else:
+            out = layout._attend_varlen(*leaves, 0.125).float()
+        (out * weights).sum().backward()
+        found[dtype] = [out, *(x.grad.float() for x in leaves)]
+    for ours, expected in zip(*found.values()):
+        assert torch.allclose(ours, expected, atol=0.05, rtol=0.05), (ours - expected).abs().max()
+
+
 def grouped_model(tokenizer):
     """Two query heads per key head"""
     torch.manual_seed(0)

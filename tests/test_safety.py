@@ -1,6 +1,7 @@
 """Nothing is lost, nothing is let in: runs that are killed anywhere, two writers, damaged files, wrong
 weights, and a judge that does whatever a server can do."""
 import builtins
+import errno
 import gzip
 import json
 import os
@@ -618,6 +619,15 @@ def test_one_writer(folder, saved, copy_of, capfd):
     os.kill(pid, signal.SIGKILL)
     ended([pid])
     assert train.cli([*THREE, "--keep", "-1", "--out", str(out), "--resume"]) == 0
+
+
+def test_a_folder_without_locks(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none: a warning, no refusal"""
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(analyze_tokens.fcntl, "lockf", refuse)
+    analyze_tokens.lock(tmp_path)
+    assert "cannot be locked ([Errno" in capsys.readouterr().out
 
 
 def test_two_first_starts(folder):
