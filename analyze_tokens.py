@@ -293,6 +293,8 @@ def summary(out):
         text.append("\nCOLLAPSE (5 steps' mean below a tenth of its peak, for good; tests: below a quarter):")
         for name, meaning in MEASURES.items():
             one, (_, values) = found[name], smooth(records, name)
+            if not values:                       # SFT alone
+                continue
             what = "at step {step}, peak {peak:.2f} at step {peak_step}".format(**one) if one else "no"
             text.append(f"  by the {meaning}: {what}; last 5 steps {values[-1]:.2f}")
         text.append(f"  by the test tasks, solved with clean messages: {first:.1%} -> {last:.1%}")
@@ -331,14 +333,15 @@ def timeline(records, points=12):
             names[short] = name
     steps = [r["step"] for r in records if "reward" in r]
     size = max(1, -(-len(steps) // points))
-    lines = [" ".join(f"{name:>9s}" for name in ("steps", *names))]
-    for stretch in [steps[i:i + size] for i in range(0, len(steps), size)]:
-        first, last = stretch[0], stretch[-1]
-        cells = [f"{first:4d}-{last:<4d}"]
+    first, lines = 0, [" ".join(f"{name:>9s}" for name in ("steps", *names))]
+    # A stretch ends where the next one begins: no SFT phase between RL steps, and no last probe, is left out
+    for after in [*steps[size::size], max(r["step"] for r in records) + 1] if steps else []:
+        cells = [f"{first:4d}-{after - 1:<4d}"]
         for name in names.values():
-            values = [r[name] for r in records if first <= r["step"] <= last and name in r]
+            values = [r[name] for r in records if first <= r["step"] < after and name in r]
             cells.append(f"{mean(values):9.4f}" if values else " " * 9)
         lines.append(" ".join(cells))
+        first = after
     return "\n".join(lines)
 
 
@@ -477,6 +480,13 @@ def pretrained(name, dtype=torch.float32, template=None):
         if names := sorted(found[f"{kind}_keys"]):
             raise UserError(f"{name} has {kind} weights, so it is not the model that its config.json names: "
                             f"{', '.join(names[:3])} ({len(names)} in all).")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        hidden = model.get_decoder()(ids).last_hidden_state
+        plain = hidden @ model.get_output_embeddings().weight.T      # what sft_step._logp_chunk computes
+        if not torch.allclose(model(ids).logits, plain, rtol=0.01, atol=0.01):
+            raise UserError(f"{name} scales, bounds or shifts its logits, which the losses here do not: they "
+                            "would train other probabilities; name another --model.")
     try:
         if template:
             tokenizer.chat_template = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
@@ -511,6 +521,8 @@ def main(argv=None):
     p.add_argument("--tasks", type=int, default=10, help="--probe, --spike: test tasks per category")
     p.add_argument("--world", choices=WORLDS, default="tiny", help="of a folder that belongs to no run")
     args, status = p.parse_args(argv), 0
+    if args.html and len(args.runs) > 1:
+        p.error("--html takes one run; each page is a file of its own")
     if args.view:                                # here, because that file stands above this one
         sys.path.append(str(Path(__file__).resolve().parent / "results"))
         from checkpoints import VIEWS
@@ -521,8 +533,9 @@ def main(argv=None):
             else:
                 text = f"{timeline(read_records(out))}\n\n{summary(out)}"
             print(f"== {out}\n\n{text}\n")
-        except (UserError, *DAMAGE) as error:    # say it, and go on with the other runs
-            reason = error if isinstance(error, UserError) else f"{out} is not as a run leaves it: {error!r}"
+        except (UserError, OSError, *DAMAGE) as error:               # say it, and go on with the other runs
+            plain = isinstance(error, (UserError, OSError))
+            reason = error if plain else f"{out} is not as a run leaves it: {error!r}"
             print(f"analyze_tokens.py: error: {reason}", file=sys.stderr)
             status = 2
     return status

@@ -253,7 +253,7 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
     update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""
     model.train()
     set_lr(optimizer, lr)
-    masked_ids = list(chat.control_ids().values()) if args.mask_control else []
+    masked_ids = [*chat.control_ids().values(), chat.end_id] if args.mask_control else []
     done, batches = [], []
     if sft_rows:  # as many as could be needed: a row has at least one message
         stream = shuffled_passes(sft_rows, position, args.updates * args.sft_batch, f"{args.seed} rows")
@@ -282,5 +282,6 @@ def mini_batch(episode, args):
     """The update that an episode belongs to. A group stays together: its advantages are compared with each
     other. (The paper's release spreads it over the mini-batches.)"""
     if args.as_released:
-        return episode.sample * args.updates // args.group
+        k = (episode.sample + episode.group_id) % args.group         # else hints would meet in one update
+        return k * args.updates // args.group
     return episode.group_id * args.updates // args.prompts

@@ -713,8 +713,9 @@ def reencoded(chat, episode):
     """What the paper's release trains on: every message decoded without special tokens, an end token
     appended, encoded again. Stray special tokens vanish; a cut message trains an end that nobody sampled."""
     def again(span):
-        if span.who != "model":
-            return None
+        if span.who != "model":                  # begins with an end token if the model wrote another one
+            ids = episode.ids[span.start:span.end]
+            return ids[1:] if ids[0] == chat.end_id else None
         text = chat.tokenizer.decode(episode.ids[span.start:span.end], skip_special_tokens=True)
         return chat._encode(text) + [chat.end_id]
     return episode.rewritten(again)

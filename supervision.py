@@ -118,7 +118,7 @@ class OPS(Signal):
 
     What is p_old of tokens that no policy sampled? --ops_ratio one: the trainer's own probability, so that
     the ratio is 1 before the first update (as released). shaped: the ratio is p / (p + 0.1) (as the paper
-    intends): there is no old policy to compare with, and unlikely tokens get the largest gradient."""
+    intends): there is no old policy to compare with; tokens with p near 0.1 get the largest gradient."""
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -20,6 +20,7 @@ import importlib
 import inspect
 import json
 import random
+import re
 import sys
 import threading
 import tracemalloc
@@ -630,6 +631,10 @@ def budget():
             tracemalloc.stop()
 
 
+# Two messages that hold a Python set, which every process would print in another order
+UNSORTED = re.compile(r"(Must be one of \{|Invalid fields for update: )([^}\"]*)")
+
+
 def run_tool(method, args):
     """A bound method, its arguments -> the result as BFCL writes it: text dicts as JSON, or Python"""
     for p in inspect.signature(method).parameters.values():          # post_tweet(tags=[]): ONE list for all
@@ -641,7 +646,8 @@ def run_tool(method, args):
             if isinstance(result, dict):
                 with contextlib.suppress(TypeError, ValueError):     # a Decimal, or a list that holds itself
                     result = json.dumps(result)
-            return str(result)[-2**18:]          # the longest of all ground truths has 32,000 characters
+            text = re.sub(UNSORTED, lambda m: m[1] + ", ".join(sorted(m[2].split(", "))), str(result))
+            return text[-2**18:]                 # the longest of all ground truths has 32,000 characters
     except TooLong:
         raise TimeoutError("the call takes too long, or too much memory") from None
 

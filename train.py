@@ -69,7 +69,7 @@ FLAGS = {
         ("judge_model", "judge", None, "prs: model name at that server; key: environment JUDGE_API_KEY")],
     "ablations, each doing one thing": [
         ("as_released", False, None, "as the authors' code: messages are encoded again, groups spread over "
-         "the updates, and every phase begins with a new optimizer, a warm-up from rate 0, and a KL of 0"),
+         "the updates, every phase begins with a new optimizer, one of RL also from rate 0 and a KL of 0"),
         ("only", None, ("positive", "negative"), "use only the advantages of one sign"),
         ("reward", "task", ("task", "random", "shuffled", "format"), "see rl_step.assign_credit"),
         ("mask_control", False, None, "a negative advantage does not push control tokens")],
@@ -175,9 +175,11 @@ def refuse_senseless(args, error):
         error(f"--phases {args.phases} must be shares such as 1:2:3")
     if args.schedule == "interleaved":
         lengths = phases(args)
+        if len(lengths) < 2:
+            error(f"--phases {args.phases} has no SFT phase between two of RL; name two shares or more")
         if min(lengths) < 1:
             error(f"--phases {args.phases} of --steps {args.steps} has a phase without a step; raise --steps")
-        if issubclass(signal, ETS) and args.ets_window > min(lengths[:-1], default=args.ets_window):
+        if issubclass(signal, ETS) and args.ets_window > min(lengths[:-1]):
             error(f"--ets_window {args.ets_window} is longer than the shortest RL phase before an SFT phase "
                   f"({min(lengths[:-1])} steps); lower it, or raise --steps")
     if args.world == "bfcl" and args.model == "tiny":
@@ -427,7 +429,10 @@ def check_run(args):
 def open_folder(run):
     """Rank 0: makes the run folder, or takes away what a resumed run will do again"""
     out, step = Path(run.args.out), run.progress.step
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder cannot be made ({error}); name another --out.") from error
     if not run.args.resume:
         lock(out)
         check_run(run.args)                      # again: another process may have been faster
@@ -637,18 +642,17 @@ def main(args):
     hf_logging.disable_progress_bar()
     if args.engine == "vllm":
         import_vllm()                            # if it is missing, say so before anything is built
-    if args.wandb:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(f"--wandb needs its package ({error}): pip install wandb") from error
     run = build(args, start_processes(args))
     if run is None:
         return
-    rank0_first(lambda: open_folder(run))
     out = args.out
     if args.wandb and rank() == 0:
-        run.wandb = wandb.init(project=args.wandb, name=args.out, config=run_config(args))
+        try:
+            import wandb
+            run.wandb = wandb.init(project=args.wandb, name=out, config=run_config(args))
+        except Exception as error:               # not installed, no login, no network: the folder is not made
+            raise UserError(f"--wandb: {error} (pip install wandb; wandb login)") from error
+    rank0_first(lambda: open_folder(run))
     say(f"run folder: {out}, steps {run.progress.step} to {len(plan(args))}")
     train(run)
     if rank() == 0:

@@ -61,6 +61,8 @@ def load(path, world="tiny"):
     if not name:
         raise UserError(f"{path} has no checkpoint yet; name another run, or a Hugging Face folder.")
     config = read_json(run / "config.json") if run else {}
+    if config.get("world", world) not in train.WORLDS:
+        raise UserError(f"{run} plays --world {config['world']}, which this program does not know.")
     args = train.parse_args(["--eval_only", "--world", config.get("world", world), "--model", str(path)])
     vars(args).update(config)                    # flags that are newer than the run keep their defaults
     if args.chat_template:                       # of a file its checksum was written behind the name
@@ -207,6 +209,14 @@ def own_tokens(chat, found):
     return table
 
 
+def as_trained(found):
+    """-> the Checkpoint, if its rollouts were sampled behind the very tokens that they are scored behind"""
+    if found.chat.sampler_only:
+        raise UserError(f"with --chat_template {found.args.chat_template} messages are sampled behind tokens "
+                        "that the trained text lacks: no probabilities to compare here; use --probe.")
+    return found
+
+
 def kl_to(found):
     """[Score] of rollouts by another model -> KL(who sampled || that model) per token: the mean of k3"""
     sampled = torch.tensor([s.row.logprobs[s.position] for s in found])
@@ -215,7 +225,7 @@ def kl_to(found):
 
 def spike_text(path, how):
     """Before and after: each of the two models on rollouts of its own, at temperature 1, of the same tasks"""
-    found = load(path)
+    found = as_trained(load(path))
     start, world, watch = found.start(), world_of(found, how.tasks), watched_tokens(found.chat)
     then = world.play(start, temperature=1.0)
     now = world.play(found.model, temperature=1.0)
@@ -238,7 +248,7 @@ def kl_text(path, how):
     with their log-probabilities; here the starting model scores them. One number per step -> RUN/kl.jsonl
 
     (The best, the worst and a malformed rollout are kept, no fair sample: read the curve, not its height.)"""
-    found = load(path)
+    found = as_trained(load(path))
     start, rows, lines = found.start(), {}, []
     for record in recorded(found):
         if record["source"] == "policy":         # a hint, or ground truth, was not the policy's own

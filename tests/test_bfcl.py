@@ -96,6 +96,20 @@ def test_ground_truth_passes():
     assert digest.hexdigest() == "af4e196a8ef4951c6f174bcc724ecf12eb54e9692c92e3d2caf5a49431ad091f"
 
 
+@needs_bfcl
+def test_results_are_the_same_in_every_process():
+    """Two of BFCL's messages print a Python set, whose order is another one in every process"""
+    travel, tickets = (tools.bfcl().classes[kind]() for kind in ("TravelAPI", "TicketAPI"))
+    travel.access_token, travel.token_expires_in, travel.credit_card_list = "t", 9, {"1": {"balance": 1.0}}
+    answer = tools.run_tool(travel.book_flight, {
+        "access_token": "t", "card_id": "1", "travel_date": "2024-11-12", "travel_from": "SFO",
+        "travel_to": "LAX", "travel_class": "coach"})
+    assert "Must be one of {'business', 'economy', 'first'}" in answer
+    tickets.ticket_queue = [{"id": 1}]
+    answer = tools.run_tool(tickets.edit_ticket, {"ticket_id": 1, "updates": dict.fromkeys("gbhafdec")})
+    assert answer == '{"error": "Invalid fields for update: a, b, c, d, e, f, g, h"}'
+
+
 def spoil(task):
     """-> {what: script}: ways to be wrong, and ways to be right that look odd"""
     right = truth_script(task)

@@ -3,6 +3,7 @@ paper's comparison (results/paper.py) from its command line to its tables."""
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import checkpoints
 import pytest
@@ -109,6 +110,9 @@ def test_spike_before_and_after(moved, capsys):
     messages, = re.findall(r"where a message begins \((\d+) -> \d+ times\)", text)
     kl, = re.findall(r"([\d.]+) nats per token", text)
     assert int(messages) >= 3 and float(kl) > 0.01
+    with pytest.raises(UserError, match="--chat_template qwen3-think-mismatch .* use --probe"):
+        checkpoints.as_trained(SimpleNamespace(chat=SimpleNamespace(sampler_only=[5]), args=SimpleNamespace(
+            chat_template="qwen3-think-mismatch")))
     assert main(["--spike", str(train.BASE)]) == 2                   # a model that is no run has no start
     assert "only a run folder" in capsys.readouterr().err
 
@@ -134,6 +138,15 @@ def test_tokens_in_the_terminal_and_as_a_page(moved, folder, capsys):
     assert "--step 9 has no recorded rollout" in capsys.readouterr().err
     assert main(["--tokens", str(train.BASE), "--step", "0"]) == 2
     assert "is no run" in capsys.readouterr().err
+    assert main(["--tokens", moved, "--html", "missing/page.html"]) == 2
+    assert "No such file or directory: 'missing/page.html'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--tokens", moved, moved, "--html", "page.html"])
+    shutil.copytree(moved, "runs/mine")
+    config = json.loads((folder / "runs/mine/config.json").read_text()) | {"world": "mine"}
+    (folder / "runs/mine/config.json").write_text(json.dumps(config))
+    assert main(["--tokens", "runs/mine"]) == 2
+    assert "plays --world mine, which this program does not know" in capsys.readouterr().err
 
 
 def test_where_a_control_token_became_likely():
@@ -189,6 +202,18 @@ def test_collapse_of_the_test_tasks_alone(tmp_path):
     assert "by the task reward (the paper's measure): no; last 5 steps 0.10" in text
     assert "by the test tasks, solved with clean messages: 46.0% -> 11.0%" in text
     assert "What the messages became" not in text and "does not see it" not in text
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], lines[-1]]))    # SFT alone has no reward
+    assert "46.0% -> 11.0%" in (text := summary(tmp_path)) and "by the task reward" not in text
+
+
+def test_the_timeline_leaves_no_record_out():
+    """Stretches of two RL steps; a probe at an SFT phase between them (step 2), and one behind the last"""
+    shares = {f"state/{s}": .5 for s in STATES}
+    records = [{"step": step, "reward": .5, "reward_clean": .5} | shares for step in (0, 1, 3)]
+    records += [{"step": s, "p/open|text": p} for s, p in ((0, .1), (2, .9), (4, .4))]
+    first, second = timeline(records, points=2).splitlines()[1:]
+    assert first.split()[:2] == ["0-2", "0.5000"] and first.split()[-1] == "0.5000"      # of .1 and .9
+    assert second.split()[0] == "3-4" and second.split()[-1] == "0.4000"
 
 
 # --- the paper's comparison --------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import sft_step
 from conftest import ROOT
 
-from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
-                     set_old_logprobs)
+from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, mini_batch, pressure, rl_backward,
+                     sampler_weight, set_old_logprobs)
 from rollout import Episode
 from sft_step import (Layout, at_trained, message_batches, micro_batches, optimizer_step, phase_rate,
                       sft_backward, sft_phase, token_logprobs)
@@ -309,7 +309,8 @@ def test_the_varlen_kernel_on_a_gpu(kv_heads):
     """What no CPU can run: the kernel itself, forward and backward, in 16 bits, beside float32 by hand"""
     torch.manual_seed(0)
     layout = Layout(uneven_rows(), "cuda")
-    q, k, v = (torch.randn(layout.ids.shape[1], heads, 64, device="cuda") for heads in (4, kv_heads, kv_heads))
+    length = layout.ids.shape[1]
+    q, k, v = (torch.randn(length, heads, 64, device="cuda") for heads in (4, kv_heads, kv_heads))
     weights, found = torch.randn_like(q), {}
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -323,6 +324,16 @@ def test_the_varlen_kernel_on_a_gpu(kv_heads):
         found[dtype] = [out, *(x.grad.float() for x in leaves)]
     for ours, expected in zip(*found.values()):
         assert torch.allclose(ours, expected, atol=0.05, rtol=0.05), (ours - expected).abs().max()
+
+
+def test_as_released_deals_each_group_out():
+    """Hints and ground truth, the first rollouts of every group, are not all in the first update"""
+    args = SimpleNamespace(as_released=True, updates=3, group=8, prompts=12)
+    update = lambda group, sample: mini_batch(SimpleNamespace(group_id=group, sample=sample), args)
+    assert [update(0, k) for k in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [update(3, k) for k in range(8)] == [1, 1, 1, 2, 2, 0, 0, 0]
+    args.as_released = False
+    assert [update(g, 5) for g in range(12)] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
 def grouped_model(tokenizer):

@@ -233,6 +233,15 @@ def test_reencoded_trains_an_end_token_that_nobody_sampled(chat):
     assert not new.as_sampled and e.as_sampled       # so p_old will be the trainer's own
 
 
+def test_reencoded_ends_a_message_once(chat):
+    """Behind a message with another stop token the observation begins with the template's end token"""
+    e, other = begin(chat, Env(task())), chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    said, answer = chat.message("Done."), chat.observation("x", 9)
+    e.append(said[:-1] + [other], "model", 0, [-1.0] * len(said), "Done.", "reply")
+    e.append([chat.end_id] + answer, "user", 1, text="x")
+    assert reencoded(chat, e).ids == e.ids[:e.spans[1].start] + said + answer
+
+
 # --- what a message is --------------------------------------------------------------------------------------
 F, G = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
 

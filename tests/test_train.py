@@ -297,6 +297,7 @@ def test_eval_only(folder, capsys):
     (["--correction", "0.5"], "--correction is a cap of at least 1"),
     (["--correction", "2", "--as_released"], "--correction"),
     (["--compute_dtype", "bfloat16"], "--compute_dtype bfloat16 beside --dtype float32 needs --shard"),
+    (["--signal", "ets", "--schedule", "interleaved", "--phases", "60"], "--phases 60 has no SFT phase"),
     (["--signal", "ets", "--schedule", "interleaved", "--phases", "1:0"], "--phases 1:0 must be shares"),
     (["--signal", "ets", "--schedule", "interleaved"], "has a phase without a step"),
     (["--signal", "ets", "--schedule", "interleaved", "--phases", "1:1"], "--ets_window 10 is longer than"),
@@ -356,6 +357,14 @@ def test_a_missing_wandb_is_one_sentence(folder, capfd, monkeypatch):
     assert train.cli([*RUN, "--wandb", "p", "--out", "runs/new"]) == 2 and set(folder.rglob("*")) == before
     err = capfd.readouterr().err.strip()
     assert "\n" not in err and "--wandb" in err and "pip install wandb" in err
+
+    def init(**kw):
+        raise RuntimeError("no API key")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    assert train.cli([*RUN, "--wandb", "p", "--out", "runs/new"]) == 2 and set(folder.rglob("*")) == before
+    assert "--wandb: no API key" in capfd.readouterr().err
+    assert train.cli([*RUN, "--out", "/dev/null/new"]) == 2
+    assert "the run folder cannot be made" in capfd.readouterr().err
 
 
 def test_wandb_gets_the_lines_of_metrics(folder, monkeypatch):
@@ -691,6 +700,18 @@ def test_bfloat16_compute_keeps_float32_masters(folder):
 
 
 # --- other models ------------------------------------------------------------------------------------------
+def test_a_model_that_changes_its_logits_is_refused(folder, tokenizer, capfd):
+    """Granite divides them behind the output layer; the losses here would train other probabilities"""
+    from transformers import GraniteConfig, GraniteForCausalLM
+    config = GraniteConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, logits_scaling=8)
+    GraniteForCausalLM(config).save_pretrained(folder / "granite")
+    tokenizer.save_pretrained(folder / "granite")
+    assert train.cli([*RUN, "--model", "granite", "--out", "runs/granite"]) == 2
+    assert "granite scales, bounds or shifts its logits" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("kind, flags", [("Qwen2", []), ("Qwen3", ["--chat_template", "qwen3-no-think"])])
 def test_real_vocabulary_size_and_qwen3(folder, tokenizer, kind, flags):
     """Random models with the 151,936 output rows of Qwen2.5 and Qwen3, most of which no tokenizer entry
