@@ -117,7 +117,7 @@ def places(chat, row):
     for span in [span for span in row.spans if span.who == "model"]:
         is_call = span.state == "call"
         for t in range(span.start, span.end):
-            slot = "in_call" if is_call else "in_text"
+            slot = "in_call" if is_call else "in_text"               # each line below overrides those above
             if row.ids[t - 1] == chat.open_id:
                 slot = "open"
             if row.ids[t] == chat.close_id:
@@ -182,7 +182,7 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
                 total.setdefault(f"p/{name}|{place.slot}", []).append(value)
                 if name in RIGHT and place.token not in classes[name]:
                     total.setdefault(f"p/{name}|off", []).append(value)
-            if place.slot == "call":
+            if place.slot == "call":             # its first token is given; from there on all must be right
                 exact.append(True)
             elif place.is_call:
                 exact[-1] = exact[-1] and is_first
@@ -480,6 +480,10 @@ def pretrained(name, dtype=torch.float32, template=None):
         if names := sorted(found[f"{kind}_keys"]):
             raise UserError(f"{name} has {kind} weights, so it is not the model that its config.json names: "
                             f"{', '.join(names[:3])} ({len(names)} in all).")
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(f"{name} has {', '.join(sorted(kinds))} layers; Layout and SlotCache of sft_step.py "
+                        "are for full attention: name another --model.")
     ids = torch.arange(8)[None]
     with torch.no_grad():
         hidden = model.get_decoder()(ids).last_hidden_state

@@ -250,16 +250,18 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
     """--updates optimizer updates on this rank's episodes, some of the groups each -> metrics
 
     sft_rows: the signal's, if the schedule is synchronous: their cross-entropy is one more term of each
-    update, with its own normaliser; `position` in the endless stream of shuffled passes over them."""
+    update, with its own normaliser. They are drawn in shuffled passes, from `position` on (rows that change
+    from step to step, as ETS's, are another shuffled draw each time)."""
     model.train()
     set_lr(optimizer, lr)
     masked_ids = [*chat.control_ids().values(), chat.end_id] if args.mask_control else []
     done, batches = [], []
-    if sft_rows:  # as many as could be needed: a row has at least one message
-        stream = shuffled_passes(sft_rows, position, args.updates * args.sft_batch, f"{args.seed} rows")
+    if sft_rows:
+        enough = args.updates * args.sft_batch   # rows: each has at least one message
+        stream = shuffled_passes(sft_rows, position, enough, f"{args.seed} rows")
         batches = message_batches(stream, args.sft_batch)[:args.updates]
     for u in range(args.updates):
-        mine = [i for i, e in enumerate(episodes) if mini_batch(e, args) == u]
+        mine = [i for i, e in enumerate(episodes) if update_of(e, args) == u]
         metrics = rl_backward(
             model, [episodes[i] for i in mine], [adv[i] for i in mine],
             loss=args.loss, clip=(args.clip_low, args.clip_high), signal_ratio=signal.ratio,
@@ -278,9 +280,9 @@ def policy_updates(model, optimizer, episodes, adv, args, *, lr, signal, referen
     return step
 
 
-def mini_batch(episode, args):
-    """The update that an episode belongs to. A group stays together: its advantages are compared with each
-    other. (The paper's release spreads it over the mini-batches.)"""
+def update_of(episode, args):
+    """-> the number of the update that an episode belongs to. A group stays together: its advantages are
+    compared with each other. (The paper's release spreads it over the updates.)"""
     if args.as_released:
         k = (episode.sample + episode.group_id) % args.group         # else hints would meet in one update
         return k * args.updates // args.group

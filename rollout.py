@@ -37,7 +37,6 @@ from tools import UserError
 STATES = ("call", "reply", "polluted", "collapsed", "empty", "cut")
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 CONTROL = (OPEN, CLOSE, "<tool_response>", "</tool_response>", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
-OPENINGS = {"A": ("",), "B": ("", "[")}          # what a collapsed message holds beside open tags
 BARE_CALL = re.compile(                          # only calls look like this, of either syntax:
     r'^(\[\s*)?\{\s*"(name|arguments)"\s*:|^\[\s*[\w.]+\('               # it begins with {"name": or [f(
     r'|^[\w.]+\((\w+\s*=.*)?\)$'                                         # it is f(x=3) and nothing else
@@ -59,11 +58,12 @@ def parse(text, syntax="A", ended=True):
     it has no end token, because the length limit cut it."""
     calls, outside, in_order = read_tags(text) if syntax == "A" else read_brackets(text.strip())
     own_tags = 2 * len(calls) if syntax == "A" else 0                # other control tokens are out of place
+    beside_tags = text.replace(OPEN, "").strip()
     if not ended:
         state = "cut"                            # nobody knows what it would have become
     elif not text.strip():
         state = "empty"
-    elif text.replace(OPEN, "").strip() in OPENINGS[syntax]:
+    elif beside_tags == "" or (syntax == "B" and beside_tags == "["):
         state = "collapsed"                      # it begins a call and says nothing: the paper's wreck
     elif not in_order or BARE_CALL.search(outside) or sum(map(text.count, CONTROL)) > own_tags:
         state = "polluted"
@@ -321,14 +321,16 @@ class Chat:
         spelled out; <tool_response>, which is no special token of most tokenizers, by a cut behind "<"."""
         ids = []
         for piece in re.split(f"({OPEN}|{CLOSE})|(?<=<)(?=/?tool_response>)", text):
-            ids += self._encode(piece or "", data=piece not in (OPEN, CLOSE))
+            if piece:                            # None: a cut behind "<"
+                ids += self._encode(piece, data=piece not in (OPEN, CLOSE))
         return ids
 
     def prompt(self, messages):
         """[{"role": "system", ...}, {"role": "user", ...}] -> ids up to and with the assistant's header"""
         *before, user = messages                 # the template is rendered without what the user says
-        head, foot = self._render([*before, user | {"content": "USER TURN"}]).rsplit("USER TURN", 1)
-        return self._encode(head) + self.spelled(user["content"]) + self._encode(foot)
+        rendered = self._render([*before, user | {"content": "USER TURN"}])
+        before_user, behind_user = rendered.rsplit("USER TURN", 1)
+        return self._encode(before_user) + self.spelled(user["content"]) + self._encode(behind_user)
 
     def message(self, text):
         """"Done." -> [61, 30, end_id]: a message that somebody else wrote, as the model would sample it"""
@@ -397,15 +399,15 @@ class Talk:
 
 class HFEngine:
     """Samples from a Hugging Face causal LM with full attention. Cost grows with the NEW tokens: the old
-    context of a conversation stays in its slot; a prompt that new conversations share is computed once."""
+    context of a conversation stays in its slot; a prompt that new conversations share is computed once.
+
+        live [A B C D], B's message ends:      ended {B: 1}
+        B is added again (its next message):   it goes on in slot 1
+        it is not:                             D moves into slot 1, and D's is free"""
 
     pass_tokens = 16_384                         # bounds the memory of one pass
 
     def __init__(self, model, stop_ids, slots=2**30, longest=2**30):
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UserError("the sampler's cache is for full attention, and this model has "
-                            f"{', '.join(sorted(kinds))} layers; use another model.")
         self.model, self.stop_ids = model, stop_ids
         self.slots, self.longest = slots, longest        # conversations at a time, and tokens of one
         self.rule = None  # constrained decoding: rule(logits, [ids said so far]) -> logits
@@ -696,7 +698,8 @@ def _advance(episode, env, chat, ids, logprobs, limits):
     if not ended and len(episode.ids) >= limits.total_tokens:
         env.stop("total_tokens_limit")
     elif (answer := env.step(message)) is not None:
-        limit = limits.observation_tokens if env.turn == turn else None          # results, or a user's words
+        is_result = env.turn == turn             # else it is what the user says next
+        limit = limits.observation_tokens if is_result else None
         answer = answer[-64 * limit:] if limit else answer           # to encode 4.6 MB takes 15 s
         added_end = [] if ids[-1] == chat.end_id else [chat.end_id]  # the template's; nobody sampled it
         ids = added_end + chat.observation(answer, limit)
@@ -705,7 +708,7 @@ def _advance(episode, env, chat, ids, logprobs, limits):
         elif len(episode.states) >= limits.messages:
             env.stop("messages_limit")
         else:
-            episode.append(ids, "tool" if env.turn == turn else "user", env.turn, text=answer)
+            episode.append(ids, "tool" if is_result else "user", env.turn, text=answer)
     episode.reward, episode.failed_turn, episode.status = env.grade(), env.failed_turn, env.status
 
 

@@ -1,5 +1,5 @@
-"""sft_step.py -- processes, who attends to whom in a pass, token log-probabilities, cross-entropy, the
-optimizer step, the SFT phase, FSDP2.
+"""sft_step.py -- what all losses stand on: processes, who attends to whom in a pass, token log-probabilities;
+then cross-entropy, the optimizer step, the SFT phase, FSDP2.
 
 Shapes:  B rows, T tokens, D hidden size, V vocabulary, N = number of trained tokens (mask 1) in the batch.
 A row is an Episode (rollout.py) that is trained, whatever the loss.
@@ -139,8 +139,8 @@ class Layout:
 
     def attend(self, layer, q, k, v, scale):
         """q [1, heads, T, d], k and v [1, kv_heads, T, d] -> [1, T, heads, d]"""
-        attend = self._attend_varlen if q.is_cuda and q.dtype != torch.float32 else self._attend_families
-        return attend(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scale)[None]
+        kernel = self._attend_varlen if q.is_cuda and q.dtype != torch.float32 else self._attend_families
+        return kernel(q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), scale)[None]
 
     def _attend_families(self, q, k, v, scale):
         """One call per prompt, one for all of its continuations: padded, for the time of the attention, to
@@ -214,7 +214,8 @@ class SlotCache:
         self.n_layers, self.n_slots, self.longest, self.kv = n_layers, n_slots, longest, None
 
     def next_pass(self, cached, fed, device):
-        """cached: how many tokens of each live conversation are here; fed: {slot: its next tokens}"""
+        """cached: how many tokens of each live conversation are here; fed: {slot: its next tokens}
+        cached [5, 8], fed {0: [7], 1: [3, 4, 9]} -> ids [7 3 4 9], positions [5 8 9 10], slots [0 1 1 1]"""
         ids, slots, positions, n = [], [], [], len(cached)
         last, self.ends = [0] * n, [0] * n       # who is not fed attends to something, and nobody looks
         self.before_last = {}                    # {slot: where in the pass its tokens before the last stand}
@@ -270,6 +271,7 @@ def layout_attention(module, query, key, value, attention_mask, scaling=None, la
 
 
 AttentionInterface.register("layout", layout_attention)
+# and it needs no mask of Hugging Face's
 AttentionMaskInterface.register("layout", lambda *a, attention_mask=None, **kw: attention_mask)
 
 
@@ -423,10 +425,10 @@ def sft_phase(model, optimizer, rows, args, seed):
     for epoch in range(args.sft_epochs):
         shuffled = random.Random(f"{seed} {epoch}").sample(rows, len(rows))
         batches += message_batches(shuffled, args.sft_batch)
-    warmup = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
+    rising = 0.1 if args.schedule in ("sft", "sft_then_rl") else 0.3             # the paper's
     quiet = None if rank() == 0 else True
     for u, some in enumerate(tqdm(batches, desc="SFT phase", leave=False, disable=quiet)):
-        rate = args.sft_lr * phase_rate(u, len(batches), warmup)
+        rate = args.sft_lr * phase_rate(u, len(batches), rising)
         done.append(sft_update(model, optimizer, some, rate, args.micro_tokens))
     means = {name: sum(m[name] for m in done) / len(done) for name in ("sft_loss", "grad_norm")}
     return means | {"sft_rows": len(rows), "sft_visits": args.sft_epochs * len(rows),
@@ -434,13 +436,13 @@ def sft_phase(model, optimizer, rows, args, seed):
                     "sft_loss_first": done[0]["sft_loss"], "sft_loss_last": done[-1]["sft_loss"]}
 
 
-def phase_rate(u, total, warmup):
-    """Share of the rate that update u of a phase gets: linear to 1 over the share `warmup` of the updates,
-    then a cosine to 0.   4 updates, warmup .3 -> 1, 1, .75, .25"""
-    rising = int(warmup * total)
-    if u < rising:
-        return (u + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (u - rising) / (total - rising)))
+def phase_rate(u, total, rising):
+    """Share of the rate that update u of a phase gets: linear to 1 over the share `rising` of the updates,
+    then a cosine to 0.   4 updates, rising .3 -> 1, 1, .75, .25"""
+    first = int(rising * total)
+    if u < first:
+        return (u + 1) / first
+    return 0.5 * (1 + math.cos(math.pi * (u - first) / (total - first)))
 
 
 def message_batches(rows, size):
@@ -452,7 +454,8 @@ def message_batches(rows, size):
     n, end, batches = max(1, round(total / size)), 0, {}
     for row in rows:
         end += len(row.states)
-        batches.setdefault((end - 1) * n // total, []).append(row)
+        nth = (end - 1) * n // total             # of n equal parts, the one that its last message falls into
+        batches.setdefault(nth, []).append(row)
     return list(batches.values())
 
 

@@ -93,13 +93,13 @@ class SFT(Signal):
     def read_dialogues(self, path):
         """JSON lines of {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}, ...]}:
         [system,] user, assistant, user, assistant, ... -> [Episode]; .note says how many are too long"""
-        rows = []
+        rows, i = [], 0
         try:
-            lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
-            for i, line in enumerate(filter(None, lines), 1):
-                rows.append(dialogue_row(self.chat, f"{path}:{i}", json.loads(line)["messages"]))
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            raise UserError(f"--sft_file {path} cannot be read (line {len(rows) + 1}: {error!r}); it must be "
+            for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+                if line.strip():
+                    rows.append(dialogue_row(self.chat, f"{path}:{i}", json.loads(line)["messages"]))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise UserError(f"--sft_file {path} cannot be read (line {i}: {error!r}); it must be "
                             "JSON lines of messages, as results/toolace.py writes them.") from error
         fitting = [row for row in rows if len(row.ids) <= self.limits.total_tokens]
         self.note = (f"{path}: {len(fitting)} dialogues; left out: {len(rows) - len(fitting)} longer than "

@@ -438,7 +438,8 @@ def make_tasks(split, category, n, seed=0, held_out=False):
         except Stuck:
             continue
         said = " / ".join(turn.user for turn in task.turns)
-        if said in seen or (zlib.crc32(said.encode()) % 4 == 0) != (split == "test"):
+        is_test = zlib.crc32(said.encode()) % 4 == 0
+        if said in seen or is_test != (split == "test"):
             continue
         seen.add(said)
         tasks.append(task)
@@ -616,9 +617,9 @@ def budget():
     def count(frame, event, arg):
         nonlocal lines
         lines -= 1
-        if lines < 0 or lines % 32 == 0 and tracemalloc.get_traced_memory()[0] > memory:
+        if lines < 0 or (lines % 32 == 0 and tracemalloc.get_traced_memory()[0] > memory):
             raise TooLong
-        return count
+        return count                             # Python calls it at every line, as long as it returns itself
     trace, measured = sys.gettrace(), tracemalloc.is_tracing()       # somebody debugs, or looks for a leak
     tracemalloc.start()
     lines, memory = MAX_LINES, tracemalloc.get_traced_memory()[0] + MAX_BYTES
@@ -678,7 +679,8 @@ def bfcl_stories(category):
                         category == "long_context", withheld)
         for t, (messages, calls) in enumerate(zip(entry["question"], truths[entry["id"]], strict=True)):
             revealed = "\n".join([text[tool] for tool in reveals.get(t, [])] + [REVEALED])
-            reply = DONE if calls else NO_VALUE if category == "miss_param" else NO_TOOL
+            cannot = NO_VALUE if category == "miss_param" else NO_TOOL
+            reply = DONE if calls else cannot
             task.turns.append(Turn(messages[0]["content"] if messages else revealed,
                                    [truth_call(call) for call in calls], reply, reveals.get(t, [])))
         stories.append(task)

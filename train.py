@@ -535,9 +535,11 @@ def look(run, step, last):
             found = rank0_first(lambda: probe(run.model, run.chat, run.probe_rows, args.micro_tokens,
                                               start=run.at_start))
         log_line(metrics, {"step": step} | found, run.wandb)
-    for name, sets, now in (("eval", run.sets, step in (0, last) or due(args.eval_every)),
-                            ("test", run.test_sets, step == last)):
-        if sets and now:
+    due_now = {"eval": run.sets} if step in (0, last) or due(args.eval_every) else {}
+    if step == last:
+        due_now["test"] = run.test_sets
+    for name, sets in due_now.items():
+        if sets:
             with sampling(run.engine, run.model):
                 scores = evaluate(run.engine, run.chat, sets, run.world, args, name)
             say(f"step {step:4d}  {name} " + "  ".join(f"{k} {scores[k]:.3f}" for k in sets))

@@ -17,8 +17,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import sft_step
 from conftest import ROOT
 
-from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, mini_batch, pressure, rl_backward,
-                     sampler_weight, set_old_logprobs)
+from rl_step import (LOSSES, Tokens, advantages, clipped, kl_penalty, pressure, rl_backward, sampler_weight,
+                     set_old_logprobs, update_of)
 from rollout import Episode
 from sft_step import (Layout, at_trained, message_batches, micro_batches, optimizer_step, phase_rate,
                       sft_backward, sft_phase, token_logprobs)
@@ -329,7 +329,7 @@ def test_the_varlen_kernel_on_a_gpu(kv_heads):
 def test_as_released_deals_each_group_out():
     """Hints and ground truth, the first rollouts of every group, are not all in the first update"""
     args = SimpleNamespace(as_released=True, updates=3, group=8, prompts=12)
-    update = lambda group, sample: mini_batch(SimpleNamespace(group_id=group, sample=sample), args)
+    update = lambda group, sample: update_of(SimpleNamespace(group_id=group, sample=sample), args)
     assert [update(0, k) for k in range(8)] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert [update(3, k) for k in range(8)] == [1, 1, 1, 2, 2, 0, 0, 0]
     args.as_released = False

@@ -613,15 +613,6 @@ def test_engine_with_grouped_heads_and_growing_cache(tokenizer, chat):
     assert len(talks[0]) > 120 and len(talks[1]) > 450
 
 
-def test_sliding_windows_are_refused():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    config = Qwen2Config(
-        vocab_size=9, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=1,
-        num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with pytest.raises(UserError, match="sliding_attention"):
-        HFEngine(Qwen2ForCausalLM(config), {0})
-
-
 def test_greedy_is_argmax(model, chat):
     ids = chat.prompt([{"role": "user", "content": "check the balance"}])
     said, = say(HFEngine(model, {chat.end_id}), [Request(0, ids, 12, (0,))], temperature=0.0)

@@ -700,16 +700,20 @@ def test_bfloat16_compute_keeps_float32_masters(folder):
 
 
 # --- other models ------------------------------------------------------------------------------------------
-def test_a_model_that_changes_its_logits_is_refused(folder, tokenizer, capfd):
-    """Granite divides them behind the output layer; the losses here would train other probabilities"""
-    from transformers import GraniteConfig, GraniteForCausalLM
-    config = GraniteConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, logits_scaling=8)
-    GraniteForCausalLM(config).save_pretrained(folder / "granite")
-    tokenizer.save_pretrained(folder / "granite")
-    assert train.cli([*RUN, "--model", "granite", "--out", "runs/granite"]) == 2
-    assert "granite scales, bounds or shifts its logits" in capfd.readouterr().err
+@pytest.mark.parametrize("kind, options, words", [
+    ("Granite", {"logits_scaling": 8}, "Granite scales, bounds or shifts its logits"),
+    ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+     "Qwen2 has full_attention, sliding_attention layers")])
+def test_models_that_the_passes_here_would_compute_wrongly(folder, tokenizer, capfd, kind, options, words):
+    """Granite divides its logits behind the output layer; a window is no full attention"""
+    import transformers
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, **options)
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder / f"odd/{kind}")
+    tokenizer.save_pretrained(folder / f"odd/{kind}")
+    assert train.cli([*RUN, "--model", f"odd/{kind}", "--out", "runs/odd"]) == 2
+    assert words in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind, flags", [("Qwen2", []), ("Qwen3", ["--chat_template", "qwen3-no-think"])])
