@@ -219,8 +219,11 @@ PUSHED = ("lr1e-3", "lr2e-4", "lr2e-4+mask", "lr2e-4+mask+strict", "lr2e-4+mask+
 
 
 def autopsy_table():
-    """What autopsy.py --json has written: one column per checkpoint, beside the base that it started from"""
-    reports = json.loads((DATA / "autopsy.json").read_text())
+    """What autopsy.py --json has written, a file per base: a column per wreck, beside the base that it
+    started from"""
+    reports = {}
+    for path in sorted(DATA.glob("autopsy*.json")):
+        reports |= json.loads(path.read_text())
     first, rows = next(iter(reports.values())), []
     for line in [line for line in first if not line.startswith("base: ") and line != "risers"]:
         plain, cells = line.removeprefix("model: "), []
