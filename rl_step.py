@@ -170,19 +170,19 @@ def rl_backward(model, rows, adv, *, loss="grpo", clip=(0.2, 0.2), kl="k3", kl_w
     batches = micro_batches([row for row in rows if adv_of[id(row)] != 0.0 or kl_weight > 0], micro_tokens)
     names = ["loss", "clip_frac", "entropy", "kl_sampler", "kl_ref", "rl_tokens", "gap", "sampled"]
     pushes = [f"push/{name}|{part}" for name in watch for part in PRESSURES]
-    sums, gap_max = dict.fromkeys(names + pushes, 0.0), 0.0
+    sums, gap_max = dict.fromkeys(names + pushes, 0.0), 0.0          # on all ranks, even one without a batch
     for batch in in_step(batches, model, reference):
         scored = token_logprobs(model, batch, watch=watch.values())
         logp_old, ids = at_trained(batch, "logprobs_old", device), at_trained(batch, "ids", device)  # [N]
         a = torch.tensor([adv_of[id(row)] for row in batch], device=device)[scored.owner]  # [B] -> [N]
         if masked_ids:
             a = torch.where((a < 0) & torch.isin(ids, torch.tensor(masked_ids, device=device)), 0.0, a)
-        ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; never infinite
-        t = Tokens(batch, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
-        if signal_ratio:
-            t.ratio = signal_ratio(t)
         # logp_old: of the policy that rho compares with. sampler: of who drew the token, or logp_old where
         # nobody drew it as it is trained: there the gap is 0 and sampler_weight 1.
+        ratio = (scored.logp - logp_old).clamp(-20, 20).exp()  # rho = p_new / p_old; never infinite
+        t = Tokens(batch, scored.owner, ids, a, scored.logp, logp_old, ratio, n_tokens, n_rows)
+        if signal_ratio:                         # OPS: another one where nobody sampled
+            t.ratio = signal_ratio(t)
         as_sampled = t.of_rows([row.as_sampled for row in batch])  # [N] bool
         sampler = torch.where(as_sampled, at_trained(batch, "logprobs", device), t.logp_old)    # [N]
         loss_t = LOSSES[loss](t, *clip)                                                              # [N]
