@@ -18,14 +18,13 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import STATES, TEMPLATES, Chat, is_clean
-from sft_step import Layout, micro_batches, rank, token_logprobs, trunk
+from sft_step import micro_batches, rank, token_logprobs
 from tools import WORLDS, UserError
 
 # ------------------------------------------------------------------------------------------------------------
@@ -95,9 +94,7 @@ def smooth(records, name, window=5):
 #      in_call  inside a call      in_text  inside a text
 #      close    where a call should close                             right: </tool_call>
 #      last     where the message should end                          right: the end token
-SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
-RIGHT = {"open": "call", "close": "close", "end": "last", "start": None}     # <|im_start|> is never right; in
-                                                                             # syntax B, neither are the tags
+#    <|im_start|> is never right; in syntax B, neither are the tags.
 
 
 @dataclass
@@ -135,24 +132,20 @@ def places(chat, row):
 #    is the model's doing alone.
 
 
-@cache                                           # of 152k tokens it takes a second
-def token_classes(chat):
-    """-> {"open": [3], "close": [4], "end": [2], "start": [1], "json": [punctuation's ids]}; content: rest"""
+def watched_ids(chat):
+    """-> {"open": 3, "close": 4, "end": 2, "start": 1}: the control tokens that are looked at"""
+    ids = {"open": chat.open_id, "close": chat.close_id, "end": chat.end_id}
     start = chat.control_ids().get("<|im_start|>")
-    texts = chat.tokenizer.batch_decode([[i] for i in range(len(chat.tokenizer))])
-    punctuation = set(' \n{}[]()":,=\'')
-    return {"open": [chat.open_id], "close": [chat.close_id], "end": [chat.end_id],
-            "start": [] if start is None else [start],
-            "json": [i for i, text in enumerate(texts) if text.strip() and set(text) <= punctuation]}
+    return ids if start is None else ids | {"start": start}
 
 
 @torch.no_grad()
-def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
+def probe(model, chat, rows, micro_tokens=16_384, start=None):
     """Ground-truth Episodes -> {"p/open|text": .012, "p/end|open": .001, "p/short_circuit": ..., ...}
 
-      p/CLASS|SLOT      mean probability of the class (open, close, end, start, json, content) in such slots:
+      p/TOKEN|SLOT      mean probability of the token (open, close, end, start) in such slots:
                         p/open|text  is P(<tool_call>) where text should begin; p/open|call is healthy near 1
-      p/CLASS|off       the same over ALL places where another token is right
+      p/TOKEN|off       the same over ALL places where another token is right
       p/short_circuit   p/open|text * p/end|open, a stand-in for the probability of the collapsed message (no
                         ground truth has a tag in a place for text: the second factor is of calls)
       p/calls_exact     share of ground-truth calls whose every token is the model's first choice: can it
@@ -160,28 +153,17 @@ def probe(model, chat, rows, micro_tokens=16_384, chunk=4096, start=None):
       p/log_likelihood  mean log p of the ground truth
       p/moved           mean |log p - log p_start|; start: truth_logprobs of the model at the run's start"""
     model.eval()
-    classes, total, exact, log_likelihood = token_classes(chat), {}, [], []
+    watch, total, exact, log_likelihood = watched_ids(chat), {}, [], []
     for batch in micro_batches(rows, micro_tokens):
-        layout = Layout(batch, model.device)
-        hidden, where, lines = trunk(model, layout)[0], [], []       # [T, D]
-        for row, line_of in zip(batch, layout.place):
-            found = places(chat, row)
-            where += found
-            lines += [line_of[place.position - 1] for place in found]
-        h = hidden[lines]                                                                            # [N, D]
-        target = torch.tensor([place.token for place in where], device=h.device)                     # [N]
-        first_choice, p = [], []
-        for part, wanted in zip(h.split(chunk), target.split(chunk)):
-            logp = torch.log_softmax(model.get_output_embeddings()(part).float(), -1)                # [n, V]
-            log_likelihood += logp.gather(1, wanted[:, None])[:, 0].tolist()
-            first_choice += (logp.argmax(-1) == wanted).tolist()
-            p += torch.stack([logp[:, c].exp().sum(-1) for c in classes.values()], -1).tolist()      # [n, 5]
-        for place, is_first, values in zip(where, first_choice, p):
-            named = dict(zip(classes, values)) | {"content": 1 - sum(values)}
-            for name, value in named.items():
-                total.setdefault(f"p/{name}|{place.slot}", []).append(value)
-                if name in RIGHT and place.token not in classes[name]:
-                    total.setdefault(f"p/{name}|off", []).append(value)
+        scored = token_logprobs(model, batch, watch=watch.values())
+        log_likelihood += scored.logp.tolist()
+        where = [place for row in batch for place in places(chat, row)]
+        columns = zip(where, scored.first_choice.tolist(), scored.watched.tolist(), strict=True)
+        for place, is_first, probabilities in columns:
+            for name, p in zip(watch, probabilities):
+                total.setdefault(f"p/{name}|{place.slot}", []).append(p)
+                if place.token != watch[name]:
+                    total.setdefault(f"p/{name}|off", []).append(p)
             if place.slot == "call":             # its first token is given; from there on all must be right
                 exact.append(True)
             elif place.is_call:

@@ -313,6 +313,7 @@ class Scored:
     entropy: torch.Tensor                        # [N] of the model's distribution there, no gradient
     owner: torch.Tensor                          # [N] the row that each token belongs to
     watched: torch.Tensor  # [N, K] probabilities of the token ids `watch` there, no gradient
+    first_choice: torch.Tensor                   # [N] is it the most probable token there?
 
 
 def token_logprobs(model, rows, chunk=None, watch=()):
@@ -338,19 +339,22 @@ def token_logprobs(model, rows, chunk=None, watch=()):
     parts = []
     for h, t in zip(hidden.split(chunk), target.split(chunk)):       # without gradients checkpoint only calls
         parts.append(checkpoint(_logp_chunk, h, weight, t, watch, use_reentrant=False))
-    logp, entropy, watched = (torch.cat(column) for column in zip(*parts))
-    return Scored(logp, entropy, torch.tensor(owner, dtype=torch.long, device=device), watched)
+    logp, entropy, watched, first_choice = (torch.cat(column) for column in zip(*parts))
+    owner = torch.tensor(owner, dtype=torch.long, device=device)
+    return Scored(logp, entropy, owner, watched, first_choice)
 
 
 def _logp_chunk(hidden, weight, target, watch):
-    """hidden [n, D], weight [V, D], target [n], watch [K] -> log p [n], entropy [n], p(watch) [n, K]"""
+    """hidden [n, D], weight [V, D], target [n], watch [K]
+    -> log p [n], entropy [n], p(watch) [n, K], is it the first choice? [n]"""
     logits = (hidden @ weight.T).float()         # [n, V], softmax in fp32 whatever the dtype
     log_z = torch.logsumexp(logits, -1)                              # [n]
     logp = logits.gather(1, target[:, None])[:, 0] - log_z           # log softmax(logits)[target]
     with torch.no_grad():                        # H = -sum p log p = log Z - sum p * logit
         entropy = log_z - (torch.softmax(logits, -1) * logits).sum(-1)
         watched = (logits[:, watch] - log_z[:, None]).exp()
-    return logp, entropy, watched
+        first_choice = logits.argmax(-1) == target
+    return logp, entropy, watched, first_choice
 
 
 def at_trained(rows, name, device):

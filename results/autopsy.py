@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from analyze_tokens import mean, places, token_classes  # noqa: E402
+from analyze_tokens import mean, places  # noqa: E402
 from checkpoints import load, world_of  # noqa: E402
 from rollout import OPEN, is_clean, parse  # noqa: E402
 from sft_step import optimizer_step, sft_backward, trunk  # noqa: E402
@@ -242,6 +242,12 @@ def examine(report, who, model, world):
             note(report, f"{who}: teacher-forced, syntax {syntax}, calls right from {point} on", share)
 
 
+def punctuation_ids(chat):
+    """-> the ids of all tokens that are spelled with JSON's punctuation alone"""
+    texts = chat.tokenizer.batch_decode([[i] for i in range(len(chat.tokenizer))])
+    return [i for i, text in enumerate(texts) if text.strip() and set(text) <= set(' \n{}[]()":,=\'')]
+
+
 def control_ids(chat):
     """-> sorted ids"""
     return sorted({*chat.control_ids().values(), chat.end_id})
@@ -256,7 +262,7 @@ def swaps(report, model, base, world):
     for row in world.truths(world.train):
         said.update(i for i, trained in zip(row.ids, row.mask) if trained and i not in control)
     others = [i for i, _ in said.most_common(len(control))]      # the hardest comparison: said more often
-    for name, ids in (("control tokens", control), ("JSON punctuation", token_classes(chat)["json"]),
+    for name, ids in (("control tokens", control), ("JSON punctuation", punctuation_ids(chat)),
                       ("the most frequent other tokens", others)):
         note(report, f"model, {name} decided by base", world.score(Swapped(model, base, ids)))
         note(report, f"base, {name} decided by model", world.score(Swapped(base, model, ids)))

@@ -22,7 +22,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 import train
-from analyze_tokens import (RIGHT, SLOTS, mean, newest_checkpoint, pretrained, probe, read_json, read_records,
+from analyze_tokens import (mean, newest_checkpoint, pretrained, probe, read_json, read_records,
                             timeline, verified)
 from rl_step import kl_penalty
 from rollout import (OPEN, Chat, Episode, HFEngine, begin, conversations_that_fit, demonstrate, is_clean,
@@ -127,13 +127,17 @@ def world_of(found, n_tasks):
 # 2. The probe, as a table
 
 
+SLOTS = ("call", "text", "open", "in_call", "in_text", "close", "last")
+RIGHT = {"open": "call", "close": "close", "end": "last", "start": None}
+
+
 def probe_text(path, how):
-    """One line per class, one column per slot; * where that token is right"""
+    """One line per control token, one column per slot; * where that token is right"""
     found = load(path, how.world)
     world = world_of(found, how.tasks)
     p = probe(found.model, found.chat, world.truths(world.test), found.args.micro_tokens)
     lines = [" " * 8 + "".join(f"{slot:>11s}" for slot in (*SLOTS, "off"))]
-    for c in (*RIGHT, "json", "content"):
+    for c in RIGHT:
         cells = [f"{c:8s}"]
         for slot in (*SLOTS, "off"):
             if f"p/{c}|{slot}" in p:

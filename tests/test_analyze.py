@@ -16,8 +16,7 @@ import plot
 import story
 import study
 import train
-from analyze_tokens import (collapse, main, mean, probe, read_records, timeline, token_classes,
-                            truth_logprobs)
+from analyze_tokens import collapse, main, mean, probe, read_records, timeline, truth_logprobs
 from autopsy import Swapped, knows, repaired, risers, two_rules
 from rollout import STATES, HFEngine, Limits, begin, demonstrate, play, rollout
 from tools import make_tasks
@@ -37,7 +36,7 @@ def test_probe_slots_and_values(model, chat):
     rows = truths(chat, tasks)
     rows.append(play(chat, tasks[0].env(), [["Done."]] * len(tasks[0].turns), LIMITS))   # behind a prompt
     assert rows[3].ids[:rows[0].spans[0].end] == rows[0].ids[:rows[0].spans[0].end]      # that it shares
-    out = probe(model, chat, rows, micro_tokens=600, chunk=7, start=truth_logprobs(model, rows, 600))
+    out = probe(model, chat, rows, micro_tokens=600, start=truth_logprobs(model, rows, 600))
     tokens = {"open": "<tool_call>", "close": "</tool_call>", "end": "<|im_end|>", "start": "<|im_start|>"}
     ids = {c: chat.tokenizer.convert_tokens_to_ids(token) for c, token in tokens.items()}
     expected, exact, likelihood = {}, [], []
@@ -65,9 +64,6 @@ def test_probe_slots_and_values(model, chat):
                 exact.append(all(logp[t - 1].argmax() == r.ids[t] for t in range(s.start + 1, s.end)))
     for name in expected:
         assert out[name] == pytest.approx(mean(expected[name]), rel=1e-4), name
-    classes = ("open", "close", "end", "start", "json", "content")               # they cover the vocabulary
-    for slot in ("call", "text", "open", "in_call", "in_text", "close", "last"):
-        assert sum(out[f"p/{c}|{slot}"] for c in classes) == pytest.approx(1, abs=1e-5)
     assert out["p/moved"] == pytest.approx(0, abs=1e-6)              # the model has not moved
     assert out["p/short_circuit"] == pytest.approx(out["p/open|text"] * out["p/end|open"])
     assert out["p/calls_exact"] == mean(exact)
@@ -75,25 +71,21 @@ def test_probe_slots_and_values(model, chat):
 
 
 def test_json_class_is_punctuation_only(chat):
-    spelled = {chat.text([i]) for i in token_classes(chat)["json"]}
+    spelled = {chat.text([i]) for i in autopsy.punctuation_ids(chat)}
     assert {'{"', '":', '",'} <= {s.strip() for s in spelled}
     assert not any(c.isalnum() for c in "".join(spelled))
 
 
 def test_probe_knows_a_perfect_and_a_collapsed_model(model, chat):
-    """A model whose output layer is rigged to say <tool_call> everywhere: no call is exact."""
+    """A model that is rigged to say <tool_call> everywhere: no call is exact."""
     rows = truths(chat, make_tasks("test", "base", 2))
     open_id = chat.tokenizer.convert_tokens_to_ids("<tool_call>")
-
-    class Rigged(torch.nn.Module):
-        def forward(self, h):
-            return torch.nn.functional.one_hot(torch.full((len(h),), open_id), len(chat.tokenizer)) * 50.0
-    real = model.get_output_embeddings
-    try:
-        model.get_output_embeddings = lambda: Rigged()
-        out = probe(model, chat, rows)
-    finally:
-        model.get_output_embeddings = real
+    rigged = copy.deepcopy(model)
+    rigged.get_decoder().norm.register_forward_hook(lambda layer, args, out: torch.ones_like(out))
+    with torch.no_grad():
+        weight = rigged.get_output_embeddings().weight.zero_()                                   # [V, D]
+        weight[open_id] = 50 / weight.shape[1]   # the logit of <tool_call> is 50, all others are 0
+    out = probe(rigged, chat, rows)
     assert out["p/open|text"] == pytest.approx(1) and out["p/end|open"] < 1e-6 and out["p/calls_exact"] == 0
 
 
