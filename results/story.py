@@ -105,7 +105,6 @@ PARTS = {                                        # table: its recipes
     "cures": [name for name in SHIPPED if name.startswith("lr1e-3") and "threads" not in name] + ["sft"],
     "threads": ["lr1e-3", "lr1e-3+threads2", "lr1e-3+ets", "lr1e-3+ets+threads2"],
     "switches": ["lr2e-4", "lr2e-4+strict", "lr2e-4+mask+strict", "lr2e-4+mask"],
-    "causes": ["lr2e-4", "lr2e-4+positive", "lr2e-4+negative", "lr2e-4+shuffled", "lr2e-4+released"],
     "spike": [name for name in [*SHIPPED, *RETIRED] if name.startswith("lr2e-4+mask")],
     "bases": [f"{name}@{base}" for base in BASES for name in CLAIMS]}
 
@@ -197,7 +196,8 @@ def beside_table():
 
 
 def recipes_table():
-    rows = [[code(name), code(recipe.flags), len(runs(name))] for name, recipe in STORY.recipes.items()]
+    done = {name: recipe for name, recipe in STORY.recipes.items() if runs(name)}
+    rows = [[code(name), code(recipe.flags), len(runs(name))] for name, recipe in done.items()]
     return markdown("recipe | flags | seeds", rows)
 
 
@@ -222,7 +222,7 @@ def autopsy_table():
     """What autopsy.py --json has written, a file per base: a column per wreck, beside the base that it
     started from"""
     reports = {}
-    for path in sorted(DATA.glob("autopsy*.json")):
+    for path in sorted(DATA.glob("autopsy*.json"), key=lambda path: path.stem):   # the shipped one first
         reports |= json.loads(path.read_text())
     first, rows = next(iter(reports.values())), []
     for line in [line for line in first if not line.startswith("base: ") and line != "risers"]:
