@@ -93,11 +93,12 @@ class SFT(Signal):
     def read_dialogues(self, path):
         """JSON lines of {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", ...}, ...]}:
         [system,] user, assistant, user, assistant, ... -> [Episode]; .note says how many are too long"""
-        rows, i = [], 0
+        rows, i = [], 1
         try:
-            for i, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+            for i, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
                 if line.strip():
-                    rows.append(dialogue_row(self.chat, f"{path}:{i}", json.loads(line)["messages"]))
+                    talk = json.loads(line.decode())["messages"]
+                    rows.append(dialogue_row(self.chat, f"{path}:{i}", talk))
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise UserError(f"--sft_file {path} cannot be read (line {i}: {error!r}); it must be "
                             "JSON lines of messages, as results/toolace.py writes them.") from error
