@@ -688,10 +688,10 @@ def cli(argv=None):
         where = f"the same command with --resume continues {args.out}" if begun else "no run was begun"
         print(f"\ntrain.py: stopped; {where}" if first else "", file=sys.stderr)
         status = 128 + (error.args or [os_signal.SIGINT])[0]
-    except Exception:
+    except Exception:                            # a bug: nothing hides it
         if alone:
             raise
-        traceback.print_exc()
+        traceback.print_exc()                    # and below this process dies, so that all others end
         status = 1
     if status and not alone:
         # Die at once, so that torchrun ends the others: an orderly exit would wait for them, and they for us.
